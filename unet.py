@@ -1,0 +1,352 @@
+"""The denoiser and its diffusion: U-Net with cross-attention to the latent units, skip dropout, schedule, DDIM, EMA.
+
+Where it sits: stage 1 (vqgan.py) turned an image into a small latent z0; the extractor turned the same image into N
+latent units c. Diffusion drowns z0 in noise and this network must say what the noise was, given the units:
+
+    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps          eps^ = UNet(z_t, t, c)          (equations 1 and 2)
+
+The units enter at one kind of place only, as keys and values of cross-attention. What the noisy latent already shows,
+the network can copy through its skip connections without asking the units; *skip dropout* (section 3.3, equation 7)
+blinds part of those skips while training, so that the units have to carry the image, and learn to.
+
+    python unet.py     # builds the paper-size network (37.550M parameters) and prints the shape at every level
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The noise schedule, and time
+
+
+def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
+    """alpha_bar_t = prod_{s<=t} (1 - beta_s) for t = 0 ... timesteps-1, float32 (timesteps,), falling from near 1 to 0.
+
+    Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means linear in
+    sqrt(beta), which adds noise more gently at first than a straight line in beta; the end points are that code's.
+    """
+    betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, timesteps, dtype=torch.float64) ** 2
+    # float64 while multiplying: 1,000 float32 products would lose the last digits of the smallest alpha_bar.
+    return torch.cumprod(1 - betas, dim=0).float()
+
+
+def add_noise(z0, eps, t, alpha_bar):
+    """Forward process in one jump: z_t ~ q(z_t | z_0) for latents z0 (B, C, H, W), noise eps alike, and t int64 (B,)."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    return a.sqrt() * z0 + (1 - a).sqrt() * eps
+
+
+def time_embedding(t, dim):
+    """Sines and cosines of t at dim/2 frequencies from 1 to 1/10000: int64 (B,) -> float (B, dim)."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * freqs[None]  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building blocks, smallest first
+
+
+def group_norm(channels, eps=1e-5):
+    """GroupNorm with LDM's 32 groups, or as many as divide a narrower layer evenly (the small presets)."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+
+
+def zero(module):
+    """Start a layer at zero: its residual branch then adds nothing at first, which steadies early training."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def drop_channels(x, p, training):
+    """Zero whole channels of x (B, C, H, W), each with probability p, and divide the rest by 1 - p.
+
+    Whole channels, because neighbouring pixels of one channel nearly repeat each other: dropping single pixels would
+    hide almost nothing.
+    Paper: equation 7 multiplies by the Bernoulli mask alone. We rescale as its released code does, so that the
+    expected value is the same with and without dropout and nothing shifts at test time.
+    """
+    if not training or p == 0:
+        return x
+    keep = torch.rand(x.shape[:2], device=x.device) >= p  # (B, C)
+    return x * (keep.to(x.dtype) / (1 - p))[:, :, None, None]
+
+
+class ResBlock(nn.Module):
+    """Residual block that knows the time: norm, SiLU, conv, then scale and shift by time, norm, SiLU, dropout, conv.
+
+    `resample` is None, "down" (average 2x2) or "up" (repeat 2x2), applied to both branches: LDM's `resblock_updown`.
+    """
+
+    def __init__(self, c_in, c_out, time_dim, dropout, resample=None):
+        super().__init__()
+        self.resample = resample
+        self.norm_in = group_norm(c_in)
+        self.conv_in = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_dim, 2 * c_out)
+        self.norm_out = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def _resize(self, x):
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+    def forward(self, x, time, context, maps):
+        """x (B, C, H, W), time (B, T) -> (B, C', H', W'). `context` and `maps` pass by: see Transformer."""
+        h = self.conv_in(self._resize(F.silu(self.norm_in(x))))
+        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # two of (B, C', 1, 1)
+        h = self.norm_out(h) * (1 + scale) + shift
+        h = self.conv_out(self.dropout(F.silu(h)))
+        return self.skip(self._resize(x)) + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, L, C) to itself, or to a context (B, N, D): there the N latent units come in."""
+
+    def __init__(self, dim, context_dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels cannot be split over {heads} attention heads")
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)  # keys and values as one product
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x, context=None, maps=None):
+        """-> (B, L, C). If `maps` is a list, append the attention (B, L, N), averaged over heads: rows sum to 1."""
+        B, L, C = x.shape
+        context = x if context is None else context
+        N = context.shape[1]
+        q = self.to_q(x).view(B, L, self.heads, C // self.heads).transpose(1, 2)  # (B, heads, L, C/heads)
+        kv = self.to_kv(context).view(B, N, 2, self.heads, C // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # two of (B, heads, N, C/heads)
+        if maps is None:
+            out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, C/heads)
+        else:
+            # The same, spelled out, because the fused kernel never forms the map that we want to look at.
+            attention = (q @ k.transpose(2, 3) * (C // self.heads) ** -0.5).softmax(dim=-1)  # (B, heads, L, N)
+            maps.append(attention.mean(dim=1))  # (B, L, N)
+            out = attention @ v  # (B, heads, L, C/heads)
+        return self.to_out(out.transpose(1, 2).reshape(B, L, C))  # (B, L, C)
+
+
+class Transformer(nn.Module):
+    """Self-attention among positions, cross-attention to the latent units, then a GEGLU feed-forward; all residual."""
+
+    def __init__(self, dim, context_dim, heads, self_attention=True):
+        super().__init__()
+        self.norm = group_norm(dim, eps=1e-6)
+        self.proj_in = nn.Conv2d(dim, dim, 1)
+        if self_attention:
+            self.norm_self = nn.LayerNorm(dim)
+            self.self_attention = Attention(dim, dim, heads)
+        else:
+            self.self_attention = None
+        self.norm_cross = nn.LayerNorm(dim)
+        self.cross_attention = Attention(dim, context_dim, heads)
+        self.norm_ff = nn.LayerNorm(dim)
+        self.ff_in = nn.Linear(dim, 8 * dim)  # half of it values, half of it gates
+        self.ff_out = nn.Linear(4 * dim, dim)
+        self.proj_out = zero(nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x, time, context, maps):
+        """x (B, C, H, W), context c (B, N, D) -> (B, C, H, W). If `maps` is a list, append a map (B, N, H, W)."""
+        B, C, H, W = x.shape
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, C): every pixel is a token
+        if self.self_attention is not None:
+            h = h + self.self_attention(self.norm_self(h))
+        found = None if maps is None else []
+        h = h + self.cross_attention(self.norm_cross(h), context, found)
+        if maps is not None:
+            maps.append(found[0].transpose(1, 2).unflatten(2, (H, W)))  # (B, H*W, N) -> (B, N, H, W)
+        value, gate = self.ff_in(self.norm_ff(h)).chunk(2, dim=-1)  # two of (B, H*W, 4C)
+        h = h + self.ff_out(value * F.gelu(gate))
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))  # (B, C, H, W)
+
+
+class Stage(nn.ModuleList):
+    """A few blocks in a row, each called with the same time, units and list of maps."""
+
+    def forward(self, x, time, context, maps):
+        for block in self:
+            x = block(x, time, context, maps)
+        return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The U-Net
+
+
+class UNet(nn.Module):
+    """LDM's denoising U-Net. Table 8 with the default arguments.
+
+    Args:
+        channels: of the latent (3).
+        base: width of the first level; level i has base * multipliers[i] channels.
+        res_blocks: residual blocks per level on the way down; one more on the way up.
+        attention_at: downsampling factors (1 = full latent size) whose blocks are followed by a Transformer.
+        heads: attention heads.
+        context_dim: D, the length of a latent unit.
+        dropout: ordinary dropout inside the residual blocks.
+        skip_dropout: probability 1 - p of section 3.3 that a channel of a skip connection is dropped (0.2).
+        skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions are not injected
+            through cross attention". With Table 8 that leaves the 2x2 level alone. "released": what made the paper's
+            tables. Its code asks whether the feature's WIDTH (16, 8, 4, 2) is in the list of FACTORS [1, 2, 4], and
+            drops where it is not: at widths 16 and 8, exactly where conditions are injected. We follow the tables.
+        backbone_dropout: Table 12's control: drop channels of the backbone at those places instead.
+        self_attention: False leaves out the self-attention of every Transformer (not the cross-attention).
+    """
+
+    def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2, attention_at=(1, 2, 4), heads=8,
+                 context_dim=32, dropout=0.1, skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
+                 self_attention=True):
+        super().__init__()
+        if skip_dropout_where not in ("released", "text"):
+            raise ValueError(f"skip_dropout_where is {skip_dropout_where!r}; it must be 'released' or 'text'")
+        self.base, self.attention_at = base, tuple(attention_at)
+        self.skip_dropout, self.backbone_dropout = skip_dropout, backbone_dropout
+        self.skip_dropout_where = skip_dropout_where
+        time_dim = 4 * base
+        self.time_mlp = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+
+        def res(c_in, c_out, resample=None):
+            return ResBlock(c_in, c_out, time_dim, dropout, resample)
+
+        def transformer(width):
+            return Transformer(width, context_dim, heads, self_attention)
+
+        self.conv_in = nn.Conv2d(channels, base, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        width, factor, skip_widths = base, 1, [base]  # the first skip is conv_in's output
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(res_blocks):
+                blocks = [res(width, base * multiplier)]
+                width = base * multiplier
+                if factor in attention_at:
+                    blocks.append(transformer(width))
+                self.down.append(Stage(blocks))
+                skip_widths.append(width)
+            if level < len(multipliers) - 1:
+                self.down.append(Stage([res(width, width, "down")]))
+                skip_widths.append(width)
+                factor *= 2
+        self.middle = Stage([res(width, width), transformer(width), res(width, width)])
+        self.up_factors = []  # the downsampling factor at which each up stage takes its skip
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for i in range(res_blocks + 1):
+                blocks = [res(width + skip_widths.pop(), base * multiplier)]
+                width = base * multiplier
+                if factor in attention_at:
+                    blocks.append(transformer(width))
+                self.up_factors.append(factor)
+                if level > 0 and i == res_blocks:
+                    blocks.append(res(width, width, "up"))
+                    factor //= 2
+                self.up.append(Stage(blocks))
+        self.norm_out = group_norm(width)
+        self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
+
+    def drops_skips(self, factor, feature_width):
+        """Does skip dropout act where the features are `feature_width` pixels wide, `factor` times downsampled?"""
+        return (factor if self.skip_dropout_where == "text" else feature_width) not in self.attention_at
+
+    def forward(self, z_t, t, context, maps=None):
+        """Noisy latents z_t (B, C, H, W), times t int64 (B,), latent units c~ (B, N, D) -> noise eps^ (B, C, H, W).
+
+        `maps`: pass an empty list to receive the cross-attention of every Transformer, each (B, N, h, w), averaged
+        over heads, summing to 1 over N. That is the slow path; leave it None to train and sample.
+        """
+        time = self.time_mlp(time_embedding(t, self.base).to(z_t.dtype))  # (B, 4*base)
+        h = self.conv_in(z_t)
+        skips = [h]
+        for stage in self.down:
+            h = stage(h, time, context, maps)
+            skips.append(h)
+        h = self.middle(h, time, context, maps)
+        for stage, factor in zip(self.up, self.up_factors):
+            skip = skips.pop()
+            if self.drops_skips(factor, h.shape[-1]):
+                skip = drop_channels(skip, self.skip_dropout, self.training)
+                h = drop_channels(h, self.backbone_dropout, self.training)
+            h = stage(torch.cat([h, skip], dim=1), time, context, maps)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling and averaging
+
+
+@torch.no_grad()
+def ddim(unet, noise, context, alpha_bar, steps=100, attention=False):
+    """Deterministic DDIM sampling (eta = 0) of latents from noise (B, C, H, W) under units (B, N, D).
+
+    Each step asks the U-Net for the noise, computes the clean latent that this implies, and goes to an earlier time
+    with the same noise: the same `noise` and units always give the same latent.
+    Returns latents (B, C, H, W). With attention=True: (latents, maps (B, N, H, W)), the cross-attention averaged over
+    heads, layers and steps after resizing each map to the latent's size (the way of DAAM, reference 60).
+    Raises ValueError if steps is not between 1 and the schedule's length.
+    """
+    if not 1 <= steps <= len(alpha_bar):
+        raise ValueError(f"{steps} DDIM steps: there must be at least 1 and at most {len(alpha_bar)}")
+    times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().long().tolist()  # evenly spaced, noisiest first
+    ones = torch.ones(len(noise), dtype=torch.long, device=noise.device)
+    z, total, layers = noise, 0.0, 0
+    for t, t_next in zip(times, times[1:] + [None]):
+        maps = [] if attention else None
+        eps = unet(z, ones * t, context, maps)
+        a = alpha_bar[t]
+        a_next = torch.ones_like(a) if t_next is None else alpha_bar[t_next]
+        z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+        z = a_next.sqrt() * z0 + (1 - a_next).sqrt() * eps
+        for m in maps or []:
+            total = total + F.interpolate(m, size=z.shape[-2:], mode="bilinear")
+            layers += 1
+    return (z, total / layers) if attention else z
+
+
+@torch.no_grad()
+def ema_update(average, module, half_life, batch, images_seen):
+    """Move `average`, a copy of `module`, towards it: one step of an exponential moving average counted in images.
+
+    `half_life` is the number of training images after which a weight's influence has halved. Counted so, the batch
+    size may change without changing what is averaged. The paper's 0.9999 per step of 512 images is a half-life of
+    512 ln 2 / 0.0001 = 3.55 million images. Early on the half-life is at most 8% of the images seen so far, or the
+    random start would stay in the average for long (LDM's warm-up (1 + n)/(10 + n) comes to about the same).
+    """
+    weight = 1 - 0.5 ** (batch / min(half_life, 0.08 * images_seen))
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), weight)
+    for mean, new in zip(average.buffers(), module.buffers()):
+        if mean.is_floating_point():
+            mean.lerp_(new, weight)  # BatchNorm's running statistics: averaged like the weights that they belong to
+        else:
+            mean.copy_(new)  # counters
+
+
+def main():
+    """Build the paper-size U-Net, run one batch and print what happens at every level."""
+    net = UNet()
+    z, context = torch.randn(2, 3, 16, 16), torch.randn(2, 20, 32)
+    print(f"parameters {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M (Table 8: 37.550M)")
+    print("  skips enter at    " + ", ".join(f"{16 // f}x{16 // f}" for f in net.up_factors))
+    for where in ("released", "text"):
+        net.skip_dropout_where = where
+        dropped = sorted({16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}, reverse=True)
+        print(f"  dropped, {where:8}: widths {dropped}")
+    maps = []
+    eps = net(z, torch.tensor([10, 900]), context, maps)
+    print(f"z_t {tuple(z.shape)}, context {tuple(context.shape)} -> eps^ {tuple(eps.shape)}")
+    print("  cross-attention   " + ", ".join(f"{m.shape[-1]}x{m.shape[-1]}" for m in maps))
+
+
+if __name__ == "__main__":
+    main()
