@@ -2,25 +2,18 @@
 
 This is the input of every stage. `load("shapes3d")` returns one small object, whatever lies behind it (a renderer, a
 memory-mapped file, a tensor on the GPU): ask it for images by index, and for the factors that an index stands for.
-
-Try it alone:
-
-    python data.py --dataset shapes3d
-
-prints what was found (source, number of images, factors and their sizes) and draws out/data-shapes3d.png, a grid with
-one row per factor in which only that factor changes.
-
-Reading order: shared helpers; the rendered twin; the official files; load(); main().
+Try it alone: `python data.py --dataset shapes3d` prints what was found (source, number of images, factors and their
+sizes) and draws out/data-shapes3d.png, a grid with one row per factor in which only that factor changes.
 """
 
 import argparse
 import contextlib
 import functools
-import itertools
 import math
 import os
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -30,8 +23,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 # ---- Shared helpers: errors, the command line, files, pictures (train.py and evaluate.py use them too) --------------
-
-
 class UserError(Exception):
     """A mistake that the user can mend. Its text is ONE line: what was found, what was expected, what to do."""
 
@@ -62,46 +53,41 @@ def run(main):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; rename it over `path` on success, delete it on any error.
-
-    A rename is atomic, so a reader finds the old file or the whole new one, never half of it.
-    """
+    """Yield a temporary path beside `path`; rename it over `path` on success, delete it on any error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process number keeps two runs apart. It goes in front, because Pillow and NumPy look at how a name ends.
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, path)                     # atomic: a reader finds the old file or the whole new one
     finally:
         temporary.unlink(missing_ok=True)               # after the rename there is nothing left to delete
 
 
 def image_grid(images, row_labels=None, col_labels=None, title=None, scale=1):
-    """Draw images in a labelled grid and return it as a PIL.Image.
-
-    images: uint8 (R, C, 3, H, W); row_labels: R texts; col_labels: C texts; scale: whole number, enlarges each pixel.
-    """
+    """Draw uint8 images (R, C, 3, H, W) with R row and C column labels, every pixel `scale` wide, as a PIL.Image."""
     tiles = torch.as_tensor(images).cpu().repeat_interleave(scale, 3).repeat_interleave(scale, 4).movedim(2, 4)
     R, C, H, W, _ = tiles.shape                         # (R, C, scale H, scale W, 3)
+    rows, cols, titles = ([str(text) for text in texts or []] for texts in (row_labels, col_labels, title and [title]))
     font, line, gap = ImageFont.load_default(size=13), 18, 2
-    width = lambda texts: max((math.ceil(font.getlength(str(text))) + 8 for text in texts or []), default=0)
-    left, top = width(row_labels), line * (bool(title) + bool(col_labels))
-    pitch = max(W, width(col_labels)) + gap             # columns move apart where a label is wider than an image
-    sheet = Image.new("RGB", (max(left + C * pitch, width([title or ""])), top + R * (H + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((4, line / 2), title or "", fill="black", font=font, anchor="lm")     # anchors: l, m, r and vertical m
-    for c, text in enumerate(col_labels or []):
-        pen.text((left + c * pitch + W / 2, top - line / 2), str(text), fill="black", font=font, anchor="mm")
-    for r, text in enumerate(row_labels or []):
-        pen.text((left - 4, top + r * (H + gap) + H / 2), str(text), fill="black", font=font, anchor="rm")
+    rows_width, cols_width, title_width = (max([math.ceil(font.getlength(text)) + 8 for text in texts], default=0)
+                                           for texts in (rows, cols, titles))
+    left, top = rows_width, line * (bool(titles) + bool(cols))
+    pitch = max(W, cols_width) + gap                    # columns move apart where a label is wider than an image
+    sheet = Image.new("RGB", (max(left + C * pitch, title_width), top + R * (H + gap)), "white")
+    # Text, its place, and which point of it goes there: left, middle or right, at the vertical middle.
+    texts = [(text, (4, line / 2), "lm") for text in titles]
+    texts += [(text, (left + c * pitch + W / 2, top - line / 2), "mm") for c, text in enumerate(cols)]
+    texts += [(text, (left - 4, top + r * (H + gap) + H / 2), "rm") for r, text in enumerate(rows)]
+    for text, place, anchor in texts:
+        ImageDraw.Draw(sheet).text(place, text, fill="black", font=font, anchor=anchor)
     for r, c in np.ndindex(R, C):
         sheet.paste(Image.fromarray(tiles[r, c].contiguous().numpy()), (left + c * pitch, top + r * (H + gap)))
     return sheet
 
 
 # ---- The rendered twin of Shapes3D ----------------------------------------------------------------------------------
-#
 # A room with a coloured floor and walls, one coloured object, and a camera that circles the object. Scale, shape and
 # orientation decide what is seen where (8 * 4 * 15 = 480 cases); the three hues only paint it. And light is linear:
 # twice the colour gives twice the pixel. So each of the 480 cases is drawn ONCE, as five weight maps that say how much
@@ -110,26 +96,25 @@ def image_grid(images, row_labels=None, col_labels=None, title=None, scale=1):
 #
 # Points and directions are tensors (3, n), or (3, 1) for a single one: x right, y away from the camera at orientation
 # 7, z up, floor at z = 0, object on the z axis. The unit of length puts the camera 2.5 from that axis. All numbers
-# were fitted to real frames. The original also has faint patterns on walls and floor: they are left out, because
-# drawing the part that we could map gained only 0.1 dB.
+# were fitted to real frames. The original's faint wall and floor patterns are left out: they would gain 0.1 dB.
 
 
 def vector(x, y, z):
     return torch.tensor([x, y, z], dtype=torch.float32)[:, None]  # (3, 1)
 
 
-SIZE, OVER = 64, 3                      # images are 64x64; OVER samples per pixel along each side: drawn at 192x192
+SIZE, OVER, SQUARE = 64, 3, (64, 64)    # images are 64x64, drawn with OVER samples per pixel and side, at 192x192
 FOCAL = SIZE / 2 / math.tan(math.radians(25))  # 68.62 pixels: a vertical field of view of 50 degrees
 WALL_AT, WALL_HEIGHT = 3.5, 2.0         # walls at x = +-3.5 and y = 3.5, no ceiling, so sky above
 UP, LIGHT = vector(0, 0, 1), vector(-1.5, 0.5, 7.5)  # a spot light that points straight down
 AMBIENT = {"floor": 0.354, "wall": 0.352, "object": 0.364}
-HEADLIGHT, SPOT, SHADOW = 0.58, 0.95, 0.337  # SHADOW is all the light that a shadowed floor point gets
+HEADLIGHT, SPOT, SHADOW = 0.58, 0.95, 0.337  # SHADOW is all the light that a floor point in shadow gets
 HIGHLIGHT, HIGHLIGHT_FROM = 0.118, vector(-0.255, 0.168, 0.952)  # white added to surfaces that face this way
 # Radius (cube: half a side) and half-height of the straight part, both at scale 1.
 SHAPES = {"cube": (0.350, 0.350), "cylinder": (0.3735, 0.375), "sphere": (0.4236, 0.0), "capsule": (0.3228, 0.3267)}
-HUES = torch.tensor([[255, 0, 0], [255, 153, 0], [204, 255, 0], [51, 255, 0], [0, 255, 102], [0, 255, 255],
-                     [0, 102, 255], [51, 0, 255], [204, 0, 255], [255, 0, 153]])  # HSV(k/10, 1, 1), k = 0 to 9
-SKY_AND_WHITE = torch.tensor([[153, 226, 249], [255, 255, 255]])
+PALETTE = torch.tensor([[255, 0, 0], [255, 153, 0], [204, 255, 0], [51, 255, 0], [0, 255, 102], [0, 255, 255],
+                        [0, 102, 255], [51, 0, 255], [204, 0, 255], [255, 0, 153],  # HSV(k/10, 1, 1), k = 0 to 9
+                        [153, 226, 249], [255, 255, 255]])  # rows 10 and 11: sky and white
 
 
 def camera(orientation):
@@ -149,8 +134,7 @@ def camera(orientation):
 def shade(kind, points, normals, forward):
     """Brightness (n,) of points (3, n) with outward unit normals (3, n): ambient + headlight + spot light."""
     headlight = -(normals * forward).sum(0)             # from the camera's direction, whatever the distance
-    to_light = LIGHT - points
-    to_light = to_light / to_light.norm(dim=0)          # (3, n)
+    to_light = torch.nn.functional.normalize(LIGHT - points, dim=0)  # (3, n)
     spot = (normals * to_light).sum(0).clamp(min=0) * to_light[2] ** 10  # cosine law, times the cone's fall-off
     return AMBIENT[kind] + HEADLIGHT * headlight.clamp(min=0) + SPOT * spot
 
@@ -190,16 +174,18 @@ def first_hit(shape, radius, half, o, d):
     A ray is inside a convex solid for one interval of depths, and to cut two solids is to cut their intervals: a cube
     is where three slabs meet, a cylinder where a bar meets a slab, a capsule a cylinder joined with two balls.
     """
-    cube = [slab(o[axis], d[axis], radius) for axis in range(3)]
-    cylinder = [ball(o[:2], d[:2], radius), slab(o[2], d[2], half)]
-    ends = [[ball(o - end * UP, d, radius)] for end in (half, -half)]  # a sphere's two ends are one
-    solids = {"cube": [cube], "cylinder": [cylinder], "sphere": ends[:1], "capsule": [cylinder] + ends}[shape]
-    depth = torch.inf
+    solids = []                                         # each a list of intervals that must overlap
+    if shape == "cube":
+        solids += [[slab(o[axis], d[axis], radius) for axis in range(3)]]
+    if shape in ("cylinder", "capsule"):
+        solids += [[ball(o[:2], d[:2], radius), slab(o[2], d[2], half)]]
+    if shape in ("sphere", "capsule"):
+        solids += [[ball(o - end * UP, d, radius)] for end in {half, -half}]  # half = 0 for a sphere: one ball
+    depths = []
     for solid in solids:
-        near = functools.reduce(torch.maximum, [near for near, _ in solid])
-        far = functools.reduce(torch.minimum, [far for _, far in solid])
-        depth = torch.where(near < far, near, torch.inf).clamp(max=depth)  # nan < nan is false: a miss
-    return depth
+        near, far = torch.stack([near for near, _ in solid]).amax(0), torch.stack([far for _, far in solid]).amin(0)
+        depths.append(torch.where(near < far, near, torch.inf))  # nan < nan is false: a miss
+    return torch.stack(depths).amin(0)
 
 
 def outward(shape, radius, half, points):
@@ -212,26 +198,25 @@ def outward(shape, radius, half, points):
     return (points - points[2].clamp(-half, half) * UP) / radius  # away from the nearest point of the capsule's axis
 
 
-def lanczos():
-    """The (64, 192) matrix that shrinks one side of a picture: sinc(d) sinc(d/3), d in output pixels, |d| < 3."""
-    d = (torch.arange(SIZE * OVER)[None, :] - (OVER * torch.arange(SIZE)[:, None] + 1)) / OVER
-    weights = torch.where(d.abs() < 3, torch.sinc(d) * torch.sinc(d / 3), 0.0)
-    return weights / weights.sum(1, keepdim=True)
-
-
 @functools.lru_cache(maxsize=1)
 def weight_maps():
-    """All 480 geometries in index order: float16 (480, 5, 4096); the 5 are floor, wall, object, sky, white.
-
-    Built on the CPU (2 s), so that a sample on an edge falls on the same side whatever device uses the maps later.
-    """
-    maps, shrink = torch.zeros(8, len(SHAPES), 15, 5, SIZE, SIZE), lanczos()
+    """All 480 geometries in index order: float16 (480, 5, 4096); the 5 are floor, wall, object, sky, white."""
+    # On the CPU, so that a sample on an edge falls on the same side for every device; and on one thread (3 s), because
+    # two gain nothing on arrays this small, and wait for each other for minutes when the machine is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # The Lanczos filter shrinks one side of a picture: weights sinc(d) sinc(d/3), with d in output pixels, |d| < 3.
+    d = (torch.arange(SIZE * OVER)[None, :] - (OVER * torch.arange(SIZE)[:, None] + 1)) / OVER  # (64, 192)
+    shrink = torch.where(d.abs() < 3, torch.sinc(d) * torch.sinc(d / 3), 0.0)
+    shrink = shrink / shrink.sum(1, keepdim=True)
+    maps = torch.zeros(8, len(SHAPES), 15, 5, *SQUARE)
     for orientation in range(15):
         centre, forward, rays = camera(orientation)
         room, points = draw_room(centre, forward, rays)  # shared by the 32 objects that may stand in it
         floor = room[0] > 0
         ground = points[:, floor]
-        for scale, (k, (shape, (radius, half))) in itertools.product(range(8), enumerate(SHAPES.items())):
+        for scale, k in np.ndindex(8, len(SHAPES)):
+            shape, (radius, half) = list(SHAPES.items())[k]
             s = 0.75 + 0.5 * scale / 7                  # the values linspace(0.75, 1.25, 8)
             size = shape, s * radius, s * half
             middle = s * (half if shape in ("cube", "cylinder") else half + radius) * UP  # it stands on the floor
@@ -247,49 +232,39 @@ def weight_maps():
             normals = outward(*size, surface - middle)
             picture[:, seen] = 0
             picture[2, seen] = shade("object", surface, normals, forward)
-            # A step, not a soft lobe: that is what the original's frames show.
-            picture[4, seen] = HIGHLIGHT * ((normals * HIGHLIGHT_FROM).sum(0) > 0)
+            picture[4, seen] = HIGHLIGHT * ((normals * HIGHLIGHT_FROM).sum(0) > 0)  # a step, as in the original
             maps[scale, k, orientation] = shrink @ picture.view(5, SIZE * OVER, -1) @ shrink.T  # (5, 64, 64)
+    torch.set_num_threads(threads)
     return maps.view(480, 5, SIZE * SIZE).half()
 
 
-class Rendered:
-    """Shapes3D images by index: one gather and one small batched matrix product, on any device."""
+def rendered(device):
+    """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of the rendered twin."""
+    # float32 is what CPUs multiply fastest. Having been float16, the values also survive a GPU's TF32 products
+    # unrounded, so that every device draws the same picture.
+    maps, palette = weight_maps().to(device, torch.float32), PALETTE.to(device, torch.float32)
 
-    def __init__(self, device):
-        # float32 is what CPUs multiply fastest. Having been float16, the values also survive a GPU's TF32 products
-        # unrounded, so that every device draws the same picture.
-        self.maps = weight_maps().to(device, torch.float32)  # (480, 5, 4096)
-        self.hues, self.fixed = HUES.to(device, torch.float32), SKY_AND_WHITE.to(device, torch.float32)
-
-    def __call__(self, idx):
-        """idx int64 (B,) -> uint8 (B, 3, 64, 64)."""
-        idx = idx.to(self.maps.device)
-        # 64 images at a time (5 MB of maps) stay in a CPU's cache: 3 times faster than 512. A GPU wants all at once.
-        return torch.cat([self.draw(part) for part in idx.split(64 if idx.device.type == "cpu" else len(idx) or 1)])
-
-    def draw(self, idx):
-        B = len(idx)
-        paint = torch.stack([idx // 48000, idx // 4800 % 10, idx // 480 % 10], 1)  # (B, 3): floor, wall, object hue
-        colours = torch.cat([self.hues[paint], self.fixed.expand(B, 2, 3)], 1)  # (B, 5, 3)
-        pixels = colours.mT @ self.maps.index_select(0, idx % 480)  # (B, 3, 5) @ (B, 5, 4096) = (B, 3, 4096)
+    def draw(idx):
+        rows = [idx // 48000, idx // 4800 % 10, idx // 480 % 10, 0 * idx + 10, 0 * idx + 11]  # of PALETTE
+        colours = palette[torch.stack(rows, 1)].mT      # (B, 3, 5)
+        pixels = colours @ maps.index_select(0, idx % 480)  # (B, 3, 5) @ (B, 5, 4096) = (B, 3, 4096)
         # Clipped only now, after shrinking, like the original: that keeps the ringing beside sharp edges.
-        return pixels.round_().clamp_(0, 255).to(torch.uint8).view(B, 3, SIZE, SIZE)
+        return pixels.round_().clamp_(0, 255).to(torch.uint8).view(-1, 3, *SQUARE)  # (B, 3, 64, 64)
+
+    # 64 images at a time (5 MB of maps) stay in a CPU's cache: 3 times faster than 512. A GPU wants all at once.
+    piece = 64 if device.type == "cpu" else 480_000
+    return lambda idx: torch.cat([draw(part) for part in idx.to(device).split(piece)])  # (B, 3, 64, 64)
 
 
 # ---- The official files ---------------------------------------------------------------------------------------------
-#
 # Each reader checks a file and yields its images in index order, in uint8 pieces (n, 64, 64, 3). convert() writes them
 # ONCE to a plain .npy file, which is then memory-mapped: a batch reads only its own images from disk.
-
 
 @contextlib.contextmanager
 def readable(path, advice):
     """Turn trouble while reading `path` into one clear line: each file library has errors of its own for damage."""
     try:
         yield
-    except ImportError:
-        raise
     except Exception as error:
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is damaged or not the official file ({reason}); {advice}") from error
@@ -303,10 +278,9 @@ def expect(what, found, expected):
 def read_shapes3d(path, facts):
     """3dshapes.h5: images uint8 (480000, 64, 64, 3) and labels float (480000, 6), the factor values of each."""
     import h5py  # here and not above: nothing else needs it
-
-    with h5py.File(path) as file:
+    with readable(path, facts["advice"]), h5py.File(path) as file:
         images, labels = file["images"], file["labels"][:]
-        expect("images", (images.dtype.name, *images.shape), ("uint8", facts["images"], SIZE, SIZE, 3))
+        expect("images", (images.dtype.name, *images.shape), ("uint8", facts["images"], *SQUARE, 3))
         # Published libraries have had the factor order wrong. So turn each column of values (0.75 ... 1.25) into value
         # indices (0 ... 7), and compare all of them with the row-major order that Dataset.factors() computes.
         found = [np.unique(column, return_inverse=True)[1].reshape(-1) for column in labels.T]
@@ -318,18 +292,18 @@ def read_shapes3d(path, facts):
 
 def read_cars3d(path, facts):
     """One .mat file per car, in a folder or the archive: key im, uint8 (128, 128, 3, 24 azimuths, 4 elevations)."""
-    import scipy.io
-
-    elevations, azimuths, types = facts["factors"].values()
-    cars, folder = {}, path.is_dir()
-    with contextlib.nullcontext(path.glob("car_*.mat")) if folder else tarfile.open(path) as entries:
+    import scipy.io  # slow to import, like h5py, so only here
+    (elevations, azimuths, types), folder, cars = facts["factors"].values(), path.is_dir(), {}
+    with (readable(path, facts["advice"]),
+          contextlib.nullcontext(path.glob("car_*.mat")) if folder else tarfile.open(path) as entries):
         for entry in entries:                           # the archive also holds that paper's other datasets
             if folder or Path(entry.name).match("cars/car_*.mat"):
                 im = scipy.io.loadmat(entry if folder else entries.extractfile(entry))["im"]
                 expect(f"images of {entry.name}", im.shape[2:], (3, azimuths, elevations))
                 views = im.transpose(4, 3, 0, 1, 2).reshape(-1, *im.shape[:3])  # (elevations * azimuths, 128, 128, 3)
-                cars[Path(entry.name).name] = [shrunk(Image.fromarray(view)) for view in views]
-    expect("cars", len(cars), types)
+                views = [Image.fromarray(view).resize(SQUARE, Image.LANCZOS) for view in views]
+                cars[Path(entry.name).name] = np.stack(views)  # (elevations * azimuths, 64, 64, 3)
+        expect("cars", len(cars), types)
     # Which car is number 0 is only a name: disentanglement_lib takes the order of the folder on disk, we sort.
     # The index is row-major in (elevation, azimuth, object type): the car changes fastest.
     for view in range(elevations * azimuths):
@@ -338,54 +312,46 @@ def read_cars3d(path, facts):
 
 def read_mpi3d_toy(path, facts):
     """mpi3d_toy.npz: a zip archive with images.npy, uint8 (1036800, 64, 64, 3). 12 GB, so read piece by piece."""
-    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+    with readable(path, facts["advice"]), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         np.lib.format.read_magic(file)                  # the first 8 bytes; then shape, column-major or not, dtype
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        expect("images", (dtype.name, fortran_order, *shape), ("uint8", False, facts["images"], SIZE, SIZE, 3))
+        expect("images", (dtype.name, fortran_order, *shape), ("uint8", False, facts["images"], *SQUARE, 3))
         for start in range(0, shape[0], 4096):
             n = min(4096, shape[0] - start)
-            yield np.frombuffer(file.read(n * SIZE * SIZE * 3), np.uint8).reshape(n, SIZE, SIZE, 3)
+            yield np.frombuffer(file.read(n * SIZE * SIZE * 3), np.uint8).reshape(n, *SQUARE, 3)
 
 
 def read_celeba(path, facts):
-    """A folder of .jpg files, 178 x 218, read in the attribute list's order."""
+    """A folder of .jpg files, 178 x 218: the central square of each, shrunk to 64x64, in the attribute list's order."""
+    # Paper: "resized", with no word on a crop. Some cut to the middle 148; the full width keeps hair and hats.
     for name in facts["files"]:
-        with Image.open(path / name) as photo:
-            yield shrunk(photo.convert("RGB"))[None]    # (1, 64, 64, 3)
-
-
-def shrunk(picture):
-    """The central square of a PIL.Image, shrunk to uint8 (64, 64, 3)."""
-    # Paper: "resized" to 64x64, with no word on a crop. Faces are 178 x 218; some cut them to the middle 148 or 140,
-    # we keep the full width for hair and hats, which are among the attributes. Cars are square already.
-    return np.asarray(ImageOps.fit(picture, (SIZE, SIZE), Image.LANCZOS))
+        with readable(path, facts["advice"]), Image.open(path / name) as photo:
+            yield np.asarray(ImageOps.fit(photo.convert("RGB"), SQUARE, Image.LANCZOS))[None]  # (1, 64, 64, 3)
 
 
 def read_celeba_attributes(data_dir, facts):
     """list_attr_celeba.txt or .csv -> facts with files (names), factors (attribute -> 2), labels bool (images, F)."""
-    path = next(iter(sorted(data_dir.glob("list_attr_celeba.*"))), None)
-    if path is None:
-        raise UserError(f"celeba needs list_attr_celeba.txt (or .csv), which is not in {data_dir}; {facts['advice']}")
+    path = data_dir / "list_attr_celeba.csv"
+    path = path if path.exists() else path.with_suffix(".txt")
+    if not path.exists():
+        raise UserError(f"celeba: no {path.name} (or .csv) in {data_dir}; {facts['advice']} and put it there")
     with readable(path, facts["advice"]):
-        lines = path.read_text().replace(",", " ").splitlines()
-        lines = [line for line in lines if len(line.split()) > 1]  # the .txt begins with a count: not needed
-        names = [word for word in lines[0].split() if word != "image_id"]  # the .csv names its first column too
-        labels = np.loadtxt(lines[1:], dtype=np.int8, usecols=range(1, len(names) + 1), ndmin=2)  # (images, F)
+        # More than one word: the .txt begins with a count, which is not needed.
+        head, *rows = [row for row in path.read_text().replace(",", " ").splitlines() if len(row.split()) > 1]
+        names = [word for word in head.split() if word != "image_id"]  # the .csv names its first column too
+        labels = np.loadtxt(rows, dtype=np.int8, usecols=range(1, len(names) + 1), ndmin=2)  # (images, F)
         expect("images", len(labels), facts["images"])
         expect("attribute values", sorted(np.unique(labels).tolist()), [-1, 1])
-    files = [line.split(maxsplit=1)[0] for line in lines[1:]]
-    return facts | dict(files=files, factors=dict.fromkeys(names, 2), labels=labels > 0)
+    return facts | dict(files=[row.split()[0] for row in rows], factors=dict.fromkeys(names, 2), labels=labels > 0)
 
 
 def convert(path, npy, facts):
     """Write the official images at `path` to the file `npy`, or nothing at all."""
-    shape, pieces = (facts["images"], SIZE, SIZE, 3), facts["read"](path, facts)
+    header = dict(descr="|u1", fortran_order=False, shape=(facts["images"], *SQUARE, 3))
     with replacing(npy) as temporary, open(temporary, "wb") as file, \
-            tqdm(total=shape[0], unit=" images", desc=f"converting {path.name}, once") as bar:
-        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
-        while bar.n < shape[0]:
-            with readable(path, facts["advice"]):       # not around the writing: a full disk is no damaged file
-                piece = next(pieces)
+            tqdm(total=facts["images"], unit=" images", desc=f"converting {path.name}, once") as bar:
+        np.lib.format.write_array_header_1_0(file, header)
+        for piece in facts["read"](path, facts):
             file.write(np.ascontiguousarray(piece))
             bar.update(len(piece))
 
@@ -394,67 +360,51 @@ def convert(path, npy, facts):
 # one found counts (unpacked is faster than packed, and Kaggle's copy of CelebA is nested twice).
 DATASETS = {
     "shapes3d": dict(
-        paths=["3dshapes.h5"], read=read_shapes3d, images=480_000,
-        factors={"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4, "orientation": 15},
-        advice="get it from https://github.com/google-deepmind/3d-shapes"),
+        read=read_shapes3d, paths=["3dshapes.h5"], images=480_000,
+        advice="get it from https://github.com/google-deepmind/3d-shapes",
+        factors={"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4, "orientation": 15}),
     "cars3d": dict(
-        paths=["nips2015-analogy-data.tar.gz", "data/cars", "cars"], read=read_cars3d, images=17_568,
-        factors={"elevation": 4, "azimuth": 24, "object type": 183},
-        advice="get it from http://www.scottreed.info/files/nips2015-analogy-data.tar.gz"),
+        read=read_cars3d, paths=["nips2015-analogy-data.tar.gz", "data/cars", "cars"],
+        advice="get it from http://www.scottreed.info/files/nips2015-analogy-data.tar.gz", images=17_568,
+        factors={"elevation": 4, "azimuth": 24, "object type": 183}),
     "mpi3d_toy": dict(
-        paths=["mpi3d_toy.npz"], read=read_mpi3d_toy, images=1_036_800,
+        read=read_mpi3d_toy, paths=["mpi3d_toy.npz"], images=1_036_800,
+        advice="get it from https://github.com/rr-learning/disentanglement_dataset",
         factors={"object colour": 6, "object shape": 6, "object size": 2, "camera height": 3, "background colour": 3,
-                 "first DOF": 40, "second DOF": 40},
-        advice="get it from https://github.com/rr-learning/disentanglement_dataset"),
-    "celeba": dict(
-        paths=["img_align_celeba", "img_align_celeba/img_align_celeba"], read=read_celeba, images=202_599,
-        factors={},                                     # 40 attributes, named in list_attr_celeba
-        advice="get the aligned and cropped images and list_attr_celeba from "
-               "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, unpacked"),
+                 "first DOF": 40, "second DOF": 40}),
+    "celeba": dict(                                     # its 40 factors are named in list_attr_celeba
+        read=read_celeba, paths=["img_align_celeba", "img_align_celeba/img_align_celeba"], images=202_599,
+        advice="get (and unpack) it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html", factors={}),
 }
 
 
-class Stored:
-    """Images by index from a converted file: held on the GPU where it fits, else memory-mapped."""
-
-    def __init__(self, npy, facts, device):
-        with readable(npy, "delete it, and the next run makes it again from the official file"):
-            self.pixels = np.load(npy, mmap_mode="r")
-            expect("images", (self.pixels.dtype.name, *self.pixels.shape), ("uint8", facts["images"], SIZE, SIZE, 3))
-        self.device, self.held = device, None
-        # At most half of the free memory: the networks need the rest.
-        if device.type == "cuda" and self.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-            self.held = torch.empty(self.pixels.shape, dtype=torch.uint8, device=device)
-            for start in range(0, len(self.pixels), 4096):
-                self.held[start:start + 4096] = torch.from_numpy(self.pixels[start:start + 4096].copy())
-
-    def __call__(self, idx):
-        """idx int64 (B,) -> uint8 (B, 3, 64, 64)."""
-        if self.held is not None:
-            batch = self.held[idx.to(self.device)]      # (B, 64, 64, 3)
-        else:
-            batch = torch.from_numpy(self.pixels[idx.cpu().numpy()]).to(self.device)
-        return batch.permute(0, 3, 1, 2).contiguous()   # (B, 3, 64, 64)
+def stored(npy, facts, device):
+    """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file, held on the GPU where it fits."""
+    with readable(npy, "delete it, and the next run makes it again"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # PyTorch warns that the file cannot be written to: fine
+        pixels = torch.from_numpy(np.load(npy, mmap_mode="r"))  # (images, 64, 64, 3), still on disk
+        expect("images", (pixels.dtype, *pixels.shape), (torch.uint8, facts["images"], *SQUARE, 3))
+    # At most half of the free memory: the networks need the rest.
+    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        pixels = pixels.to(device)
+    return lambda idx: pixels[idx.to(pixels.device)].to(device).permute(0, 3, 1, 2).contiguous()
 
 
 # ---- load() ---------------------------------------------------------------------------------------------------------
-
-
 class Dataset:
     """Images by index, and the factors that an index stands for; every answer is a tensor on `device`.
 
-    name; source ("rendered" or "official"); source_note, one line on where the images come from; factor_names, a list
-    of F strings; factor_sizes, a list of F whole numbers; len() is the number of images.
+    source is "rendered" or "official", source_note says where the images come from, len() counts them;
+    factor_names are F texts, factor_sizes F whole numbers.
     """
 
     def __init__(self, name, source, source_note, images, facts, device):
         self.name, self.source, self.source_note, self.device = name, source, source_note, device
         self.factor_names, self.factor_sizes = list(facts["factors"]), list(facts["factors"].values())
         self._images, self._count = images, facts["images"]
-        # Row-major order: an index is a number whose digits are the factors, the last one changing fastest. A step of
-        # factor f moves the index by the product of all sizes after f.
+        # Row-major: the factors are the digits of the index, and the last one changes fastest.
         self._sizes = torch.tensor(self.factor_sizes, device=device)
-        self._steps = self._sizes.flip(0).cumprod(0).flip(0) // self._sizes  # (F,)
+        self._steps = self._sizes.flip(0).cumprod(0).flip(0) // self._sizes  # (F,) product of the sizes after f
         # CelebA is no grid (nobody has photographed all 2^40 combinations): its factors are looked up instead.
         self._labels = torch.from_numpy(facts["labels"]).to(device) if "labels" in facts else None
 
@@ -462,8 +412,7 @@ class Dataset:
         return self._count
 
     def _check(self, idx):
-        # Looking at the values of a CUDA tensor would make the CPU wait for the GPU at every batch: only CPU indices
-        # are checked.
+        # CPU indices only: to look at values on a GPU, the CPU would have to wait for it at every batch.
         if idx.device.type == "cpu" and len(idx) and (idx.min() < 0 or idx.max() >= len(self)):
             raise IndexError(f"{self.name} has images 0 to {len(self) - 1}, asked for {idx.min()} to {idx.max()}")
 
@@ -486,10 +435,7 @@ class Dataset:
 
 
 def load(dataset, data_dir="data", source="auto", device="cpu"):
-    """Open a Dataset. source: "official", "rendered" (shapes3d only), or "auto", official files if they are there.
-
-    UserError if the dataset or source is unknown, or if official files are needed and missing or damaged.
-    """
+    """Open a Dataset; "auto" is official if the file is there, else rendered. UserError: unknown, missing, damaged."""
     if dataset not in DATASETS:
         raise UserError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
     if source not in ("auto", "official", "rendered") or (source == "rendered" and dataset != "shapes3d"):
@@ -497,24 +443,20 @@ def load(dataset, data_dir="data", source="auto", device="cpu"):
     facts, device, data_dir = DATASETS[dataset], torch.device(device), Path(data_dir)
     npy = data_dir / f"{dataset}-64x64.npy"             # once this is made, the official file may go
     found = [data_dir / path for path in facts["paths"] if (data_dir / path).exists()]
-    missing = not found and not npy.exists()
-    if dataset == "shapes3d" and (source == "rendered" or source == "auto" and missing):
-        why = "as asked" if source == "rendered" else f"no {facts['paths'][0]} in {data_dir}"
-        note = f"{why}: the rendered twin of Shapes3D, the same grid of factors drawn here; its scores are not Shapes3D's"
-        return Dataset(dataset, "rendered", note, Rendered(device), facts, device)
-    if missing:
-        raise UserError(f"{dataset} needs {facts['paths'][0]}, which is not in {data_dir}: get it from {facts['url']} "
-                        "and put it there, or name its folder with --data_dir")
+    lack = "" if found or npy.exists() else f"no {facts['paths'][0]} in {data_dir}"
+    if dataset == "shapes3d" and (source == "rendered" or source == "auto" and lack):
+        note = f"{lack or 'as asked'}: the rendered twin of Shapes3D, drawn here; its scores are not Shapes3D's"
+        return Dataset(dataset, "rendered", note, rendered(device), facts, device)
+    if lack:
+        raise UserError(f"{dataset}: {lack}; {facts['advice']} and put it there, or name its folder with --data_dir")
     if dataset == "celeba":
         facts = read_celeba_attributes(data_dir, facts)
     if not npy.exists():
         convert(found[-1], npy, facts)
-    return Dataset(dataset, "official", f"official images, from {npy}", Stored(npy, facts, device), facts, device)
+    return Dataset(dataset, "official", f"official images, from {npy}", stored(npy, facts, device), facts, device)
 
 
 # ---- main() ---------------------------------------------------------------------------------------------------------
-
-
 def sample_grid(data, generator, columns=15):
     """A PIL.Image with one row per factor: it takes its values from left to right, the others stay as in one image."""
     start = data.factors(torch.randint(len(data), (1,), generator=generator))  # (1, F)
@@ -528,9 +470,8 @@ def sample_grid(data, generator, columns=15):
             factors = start.repeat(len(values), 1)      # (values, F)
             factors[:, f] = values
             idx = data.index(factors)
-        row = torch.full((columns, 3, SIZE, SIZE), 255, dtype=torch.uint8)  # white where there is no value
-        row[:len(idx)] = data.images(idx)
-        rows.append(row)
+        blank = torch.full((columns - len(idx), 3, *SQUARE), 255, dtype=torch.uint8)
+        rows.append(torch.cat([data.images(idx), blank]))  # (columns, 3, 64, 64)
         labels.append(name if step == 1 else f"{name} (times {step})")
     title = f"{data.name}, {data.source}: in each row only one factor changes; the column is its value"
     return image_grid(torch.stack(rows), labels, range(columns), title)
@@ -541,14 +482,13 @@ def main():
     parser.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
     parser.add_argument("--data_dir", default="data", help="folder with the official files")
     parser.add_argument("--source", default="auto", choices=["auto", "official", "rendered"],
-                        help="auto: official files if they are there, else the rendered twin (shapes3d only)")
+                        help="auto: the official file if it is there, else (shapes3d only) the rendered twin")
     parser.add_argument("--out", help="picture to write; None means out/data-DATASET.png")
     parser.add_argument("--seed", type=int, default=0, help="picks the image that all rows start from")
     args = parser.parse_args()
     data = load(args.dataset, args.data_dir, args.source)
     print(f"{data.name}: {len(data):,} images, {data.source} ({data.source_note})")
-    for name, size in zip(data.factor_names, data.factor_sizes):
-        print(f"  {name}: {size} values")
+    print("factors:", ", ".join(f"{name} {size}" for name, size in zip(data.factor_names, data.factor_sizes)))
     out = Path(args.out or f"out/data-{data.name}.png")
     with replacing(out) as temporary:
         sample_grid(data, torch.Generator().manual_seed(args.seed)).save(temporary, format="PNG")

@@ -88,6 +88,7 @@ SETTINGS = {
         ("images", 10_000_000, "images that stage 2 sees (not in the paper)"),
         ("batch", 512, "images per step"),
         ("noises", 1, "times and noises drawn for each image of a step"),
+        ("t_sampling", "uniform", "how t is drawn; logit_normal prefers the middle of the schedule"),
         ("lr", 1e-4, "learning rate of stage 2"),
         ("weight_decay", 0.01, "AdamW's weight decay"),
         ("warmup", 0, "images over which the learning rate rises from 0"),
@@ -105,7 +106,7 @@ SETTINGS = {
 }
 DEFAULTS = {name: default for group in SETTINGS.values() for name, default, _ in group}
 CHOICES = {"skip_dropout_where": ["released", "text"], "anchors": ["dyga", "none"], "accept": ["always", "bic"],
-           "loss": ["l1", "mse"]}
+           "loss": ["l1", "mse"], "t_sampling": ["uniform", "logit_normal"]}
 
 PRESETS = {
     "paper": {},
@@ -113,8 +114,8 @@ PRESETS = {
     "laptop": dict(
         minutes_expected=30,
         # Stage 1: 8x8 latents (f = 8). A 16x16 U-Net costs four times as much per image.
-        vq_patch=2, vq_channels=32, vq_multipliers=[1, 2, 2], vq_res_blocks=1, codebook_size=512,
-        disc_weight=0.0, vq_lr=2e-3, vq_batch=32, stage1_images=16_000, restart_images=2_000,
+        vq_patch=4, vq_channels=32, vq_multipliers=[1, 2], vq_res_blocks=1,
+        disc_weight=0.0, vq_lr=3e-3, vq_batch=16, stage1_images=50_000, restart_images=4_000,
         # Extractor: see the image at 32x32; private MLPs a quarter as wide.
         n_units=10, ext_shrink=2, ext_channels=[16, 32, 64, 64], ext_hidden=[256, 128], unit_hidden=[64, 128],
         unit_relu=False,
@@ -274,7 +275,10 @@ class Model(nn.Module):
         # Several noises per image: the extractor's work is shared, its gradient less noisy.
         c = c.repeat_interleave(self.cfg["noises"], 0)  # (B*M, N, D)
         z0 = z0.repeat_interleave(self.cfg["noises"], 0)  # (B*M, z, h, w)
-        t = torch.randint(self.cfg["timesteps"], (len(z0),), device=z0.device)
+        if self.cfg["t_sampling"] == "uniform":
+            t = torch.randint(self.cfg["timesteps"], (len(z0),), device=z0.device)
+        else:
+            t = (torch.randn(len(z0), device=z0.device).sigmoid() * self.cfg["timesteps"]).long()
         eps = torch.randn_like(z0)
         eps_hat = self.unet(add_noise(z0, eps, t, self.alpha_bar), t, c)
         # Paper: the norm of equation 2 is not named; the released configuration says l1.
