@@ -283,7 +283,24 @@ class UNet(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling and averaging
+# Training loss, sampling, averaging
+
+
+def diffusion_loss(unet, z0, context, alpha_bar, kind="l1", t_sampling="uniform"):
+    """Equation 2: drown latents z0 (B, C, H, W) in noise at a random time each, and score the U-Net's guess of it.
+
+    kind: "l1" or "mse". Paper: the norm of equation 2 has no square and no name; its released configuration says l1.
+    t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0 the noisy latent
+    shows everything and near T almost nothing can be told, so the units learn most in between.
+    """
+    B, T = len(z0), len(alpha_bar)
+    if t_sampling == "uniform":
+        t = torch.randint(T, (B,), device=z0.device)
+    else:
+        t = (torch.randn(B, device=z0.device).sigmoid() * T).long().clamp(max=T - 1)
+    eps = torch.randn_like(z0)
+    eps_hat = unet(add_noise(z0, eps, t, alpha_bar), t, context)
+    return F.l1_loss(eps_hat, eps) if kind == "l1" else F.mse_loss(eps_hat, eps)
 
 
 @torch.no_grad()

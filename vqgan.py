@@ -20,6 +20,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def to_float(images):
+    """Images uint8 (B, 3, H, W) -> float in [-1, 1], what every network here reads and draws."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Images float in [-1, 1], values beyond cut off -> uint8 (B, 3, H, W)."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Building blocks, smallest first
 
