@@ -12,8 +12,8 @@ should fall into one group per attribute (per hue). DyGA finds such groups and s
 The file needs nothing but torch and knows nothing of diffusion: any model with latent units can use it.
 """
 
-import argparse
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -88,10 +88,10 @@ def cost(x, terms):
     return out.masked_fill(~mask, 1e30)
 
 
-def chunks(x):
-    """Slices of the sample axis that bound the memory of a pass: 2^22 numbers of D x D products per slice."""
+def chunks(x, K):
+    """Slices of the sample axis: a pass holds at most 2^20 numbers r x at once (a CPU's cache), or 2^26 on a GPU."""
     N, n, D = x.shape
-    step = max(1, 2 ** 22 // (N * D * D))
+    step = max(1, 2 ** (20 if x.device.type == "cpu" else 26) // (N * K * D))
     return [slice(i, i + step) for i in range(0, n, step)]
 
 
@@ -102,13 +102,14 @@ class Moments:
         # Chunks are summed in their own precision, the chunks among each other in float64.
         self.n = torch.zeros(N, K, dtype=torch.float64, device=device)
         self.x = torch.zeros(N, K, D, dtype=torch.float64, device=device)
-        self.xx = torch.zeros(N, K, D * D, dtype=torch.float64, device=device)
+        self.xx = torch.zeros(N, K, D, D, dtype=torch.float64, device=device)
 
     def add(self, x, r):
-        """x: (N, n, D), r: (N, n, K). The products x x^T are made once and shared by all components."""
+        """x: (N, n, D), r: (N, n, K). All components of a unit are one matrix product, the bulk of an iteration's work."""
+        rx = (r[..., None] * x[..., None, :]).flatten(2)                                            # (N, n, K*D)
         self.n += r.sum(1)
-        self.x += r.mT @ x                                                                          # (N, K, D)
-        self.xx += r.mT @ (x[..., :, None] * x[..., None, :]).flatten(2)                            # (N, K, D*D)
+        self.x += rx.sum(1).view(self.x.shape)                                                      # (N, K, D)
+        self.xx += (rx.mT @ x).view(self.xx.shape)                                                  # (N, K, D, D)
 
 
 def e_step(x, m, owner=None, parent=None):
@@ -120,7 +121,7 @@ def e_step(x, m, owner=None, parent=None):
     N, n, D = x.shape
     K = m.mask.shape[1]
     moments, likelihood, terms = Moments(N, K, D, x.device), [], cost_terms(m)
-    for s in chunks(x):
+    for s in chunks(x, K):
         energy = cost(x[:, s], terms).mul_(-0.5)                                                    # (N, n, K)
         if owner is not None:
             energy = energy.masked_fill_(owner[:, s, None] != parent[:, None, :], -1e30)
@@ -153,7 +154,7 @@ def m_step(moments, mask, d_max, d=None, d_least=None, floor=FLOOR, dtype=torch.
     n = moments.n.clamp(min=EMPTY)
     N, K, D = moments.x.shape
     mu = moments.x / n[..., None]                                                                   # (N, K, D)
-    cov = moments.xx.reshape(N, K, D, D) / n[..., None, None] - mu[..., :, None] * mu[..., None, :]
+    cov = moments.xx / n[..., None, None] - mu[..., :, None] * mu[..., None, :]
     values, vectors = torch.linalg.eigh(cov)                                                        # ascending
     values, vectors = values.flip(-1), vectors.flip(-1)                                             # (N, K, D), (N, K, D, D)
     if d is None:
@@ -173,7 +174,7 @@ def m_step(moments, mask, d_max, d=None, d_least=None, floor=FLOOR, dtype=torch.
 def hard_m_step(x, label, K, d_max, **options):
     """The mixture of a hard assignment, where EM starts. label: (N, n) int64, the component of each sample, -1 for none."""
     moments = Moments(x.shape[0], K, x.shape[2], x.device)
-    for s in chunks(x):
+    for s in chunks(x, K):
         moments.add(x[:, s], (label[:, s, None] == torch.arange(K, device=x.device)).to(x.dtype))
     mask = torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device)
     return m_step(moments, mask, d_max, dtype=x.dtype, **options)
@@ -244,8 +245,8 @@ class DyGA(nn.Module):
         super().__init__()
         if accept not in ("always", "bic"):
             raise ValueError(f"accept is {accept!r}; it must be 'always' or 'bic'")
-        if not 1 <= k_init <= k_max:
-            raise ValueError(f"k_init is {k_init} and k_max {k_max}; 1 <= k_init <= k_max is needed")
+        if not 1 <= k_init <= k_max or dim < 2:
+            raise ValueError(f"k_init is {k_init}, k_max {k_max}, dim {dim}; needed: 1 <= k_init <= k_max and dim >= 2")
         self.k_init, self.k_max, self.max_iter, self.lam, self.accept = k_init, k_max, max_iter, lam, accept
         self.d_max, self.spread, self.split_odds, self.tol = min(d_max, dim), spread, split_odds, tol
         self.min_samples, self.min_fraction = min_samples, min_fraction
@@ -279,16 +280,16 @@ class DyGA(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         x = features.transpose(0, 1)
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()         # (N, n, D)
-        self._measure(x)
-        x = self._normalise(x) * self.live[:, None, None]
         self.report = {"anchors": {}, "log_likelihood": {}}
-
-        label = farthest_starts(x, self.k_init, generator)
-        m = self._run("hddc", x, hard_m_step(x, label, self.k_init, self.d_max))
-        m = self._split(x, m, generator)
-        m = self._filter(x, m)
-        m = self._run("refit", x, m)
-        self._store(m)
+        with torch.autocast(x.device.type, enabled=False):          # half precision is too coarse for second moments
+            self._measure(x)
+            x = self._normalise(x) * self.live[:, None, None]
+            label = farthest_starts(x, self.k_init, generator)
+            m = self._run("hddc", x, hard_m_step(x, label, self.k_init, self.d_max))
+            m = self._split(x, m, generator)
+            m = self._filter(x, m)
+            m = self._run("refit", x, m)
+            self._store(m)
         return self
 
     def _check(self, features):
@@ -302,10 +303,11 @@ class DyGA(nn.Module):
         return features.shape[0], N, D
 
     def _measure(self, x):
-        """Centre and scale of each unit, over all but the farthest 0.1% of its samples, so that an outlier sets neither."""
+        """Centre and scale of each unit, without its farthest 0.1% of samples (one at least), so that outliers set neither."""
         N, n, D = x.shape
         distance = (x.double() - x.median(1, keepdim=True).values.double()).square().sum(-1)        # (N, n)
-        kept = distance.topk(n - n // 1000, dim=1, largest=False).indices                           # (N, kept)
+        dropped = 1 + n // 1000 if n >= 10 else 0
+        kept = distance.topk(n - dropped, dim=1, largest=False).indices                             # (N, kept)
         kept = x.gather(1, kept[..., None].expand(-1, -1, D)).double()                              # (N, kept, D)
         centre = kept.mean(1)                                                                       # (N, D)
         scale = (kept - centre[:, None]).square().mean((1, 2)).sqrt()                               # (N,)
@@ -329,68 +331,65 @@ class DyGA(nn.Module):
     def _clusters(self, x, m):
         """The paper's clusters: owner (N, n) int64, the component with responsibility > 0.5, or -1; their sizes (N, K) and
         spreads (N, K), equation 5. (The paper calls it density; it is the mean distance to the cluster's own centre.)"""
-        N, n, D = x.shape
         K, terms = m.mask.shape[1], cost_terms(m)
-        top = [(-0.5 * cost(x[:, s], terms)).softmax(-1).max(-1) for s in chunks(x)]
+        top = [(-0.5 * cost(x[:, s], terms)).softmax(-1).max(-1) for s in chunks(x, K)]
         owner = torch.cat([torch.where(t.values > 0.5, t.indices, -1) for t in top], 1)             # (N, n)
-        slot = torch.where(owner < 0, K, owner)                   # samples of no cluster are summed in a last, unused slot
-        size = torch.zeros(N, K + 1, dtype=x.dtype, device=x.device).scatter_add_(1, slot, torch.ones_like(x[..., 0]))
-        centre = torch.zeros(N, K + 1, D, dtype=x.dtype, device=x.device)
-        centre.scatter_add_(1, slot[..., None].expand_as(x), x).div_(size.clamp(min=1)[..., None])
-        distance = torch.linalg.vector_norm(x - centre.gather(1, slot[..., None].expand_as(x)), dim=-1)     # (N, n)
-        spread = torch.zeros_like(size).scatter_add_(1, slot, distance) / size.clamp(min=1)
-        return owner, size[:, :K], spread[:, :K]
+        # Sums as products with a one-hot matrix: unlike scatter_add they come out the same each time on a GPU, too.
+        hot = (owner[..., None] == torch.arange(K, device=x.device)).to(x.dtype)                    # (N, n, K)
+        size = hot.sum(1)                                                                           # (N, K)
+        centre = hot.mT @ x / size.clamp(min=1)[..., None]                                          # (N, K, D)
+        own_centre = centre.gather(1, owner.clamp(min=0)[..., None].expand_as(x))                   # (N, n, D)
+        distance = torch.linalg.vector_norm(x - own_centre, dim=-1, keepdim=True)                   # (N, n, 1)
+        return owner, size, (hot.mT @ distance)[..., 0] / size.clamp(min=1)
 
     def _split(self, x, m, generator):
         """Rounds of splits. One round is ONE EM for all splits of all units: each sample belongs to at most one cluster,
-        so it has two candidates, the halves of its own cluster. m: k_init components; returns k_max slots."""
+        so it has two candidates, the halves of its own cluster. Returns a mixture of up to k_max components."""
         N, n, D = x.shape
-        K, device = self.k_max, x.device
-        slots = torch.arange(K, device=device).expand(N, K)
-        m = select(m, slots.clamp(max=self.k_init - 1))
-        m = m._replace(mask=m.mask & (slots < self.k_init))
-        closed = torch.zeros_like(m.mask)                               # tried and not worth it
-        for round in range(K):
+        closed = torch.zeros(N, self.k_max, dtype=torch.bool, device=x.device)      # tried and not worth it
+        for round in range(self.k_max):
+            # A round can at most double the components: so many slots, and no more, cost time.
+            before = m.mask.shape[1]
+            K = min(self.k_max, max(before, 2 * int(m.mask.sum(1).max())))
+            slots = torch.arange(K, device=x.device).expand(N, K)
+            m = select(m, slots.clamp(max=before - 1))
+            m = m._replace(mask=m.mask & (slots < before))
+
             owner, size, spread = self._clusters(x, m)
-            if self.accept == "bic":
-                wanted = m.mask
-            else:
-                wanted = spread > self.spread
+            wanted = m.mask if self.accept == "bic" else spread > self.spread
+            if self.accept == "always" and round == 0:
                 # Once, not every round, or every unit would end at k_max.
                 # Paper: "the split is also performed arbitrarily"; probability and moment are not said.
-                if round == 0:
-                    coin = torch.rand(N, K, generator=generator, device=generator.device).to(device)
-                    wanted = wanted | (coin < self.split_odds)
-            wanted = wanted & m.mask & ~closed & (size >= 2) & self.live[:, None]
-            # Each split takes one free slot; if there are too few, the widest clusters go first.
+                coin = torch.rand(N, K, generator=generator, device=generator.device).to(x.device)
+                wanted = wanted | (coin < self.split_odds)
+            wanted = wanted & m.mask & ~closed[:, :K] & (size >= 2) & self.live[:, None]
+            # Each split takes a slot; if k_max leaves too few, the widest clusters go first.
             rank = torch.where(wanted, spread, -1).argsort(dim=1, descending=True, stable=True).argsort(1)      # (N, K)
             wanted = wanted & (rank < K - m.mask.sum(1, keepdim=True))
             if not wanted.any():
                 break
 
             # The i-th widest wanted cluster keeps its slot for one half and gives the i-th free slot to the other.
-            free = m.mask.to(torch.int8).argsort(dim=1, stable=True)                                    # (N, K), free first
+            free = m.mask.to(torch.int8).argsort(dim=1, stable=True)                                # (N, K), free first
             twin = torch.where(wanted, free.gather(1, rank), slots)                                 # (N, K) parent -> slot
-            parent = slots.scatter(1, torch.where(wanted, twin, slots), slots)
-            parent = torch.where(m.mask, slots, parent)                                             # (N, K) slot -> parent
-            half = wanted.gather(1, parent)                                                         # (N, K) is a child
-            owner = torch.where(wanted.gather(1, owner.clamp(min=0)) & (owner >= 0), owner, -1)     # (N, n)
-            children = self._halve(x, m, owner, twin)
-            children, _, _ = em(x, children, self.max_iter, self.tol, owner=owner,
-                                parent=torch.where(half, parent, -2))
-            # The halves share the weight of their parent.
-            weight = children.log_pi.exp() * half * children.mask
-            family = torch.zeros_like(weight).scatter_add_(1, parent, weight).gather(1, parent)
-            log_pi = m.log_pi.gather(1, parent) + (weight / family.clamp(min=1e-30)).clamp(min=1e-30).log()
-            children = children._replace(log_pi=log_pi, mask=children.mask & half)
+            # The inverse. A component without a twin writes into an extra slot K, which is cut off.
+            parent = torch.cat([slots, slots[:, :1]], 1)
+            parent = parent.scatter(1, torch.where(wanted, twin, K), slots)[:, :K]                  # (N, K) slot -> parent
+            half = wanted.gather(1, parent)                                                         # (N, K) is a half
+            owner = torch.where(wanted.gather(1, owner.clamp(min=0)), owner, -1)                    # (N, n)
+            halves = self._halve(x, m, owner, twin)
+            halves, _, _ = em(x, halves, self.max_iter, self.tol, owner=owner, parent=parent)
+            # The two share the weight of their parent.
+            weight = halves.log_pi.exp() * halves.mask                                              # (N, K)
+            both = weight + weight.gather(1, twin)                                                  # (N, K) of a parent
+            share = (weight / both.gather(1, parent).clamp(min=1e-30)).clamp(min=1e-30).log()
+            halves = halves._replace(log_pi=m.log_pi.gather(1, parent) + share)
 
-            accepted = wanted & children.mask & children.mask.gather(1, twin)                       # (N, K) parents
+            accepted = wanted & halves.mask & halves.mask.gather(1, twin)                           # (N, K) parents
             if self.accept == "bic":
-                accepted = accepted & (self._bic_gain(x, m, children, owner, parent, twin) > 0)
-            closed = closed | (wanted & ~accepted)
-            new = half & accepted.gather(1, parent)                                                 # (N, K) children kept
-            m = where(new, children, m)
-            closed = closed & ~new
+                accepted = accepted & (self._bic_gain(x, m, halves, owner, parent, twin) > 0)
+            closed[:, :K] |= wanted & ~accepted
+            m = where(half & accepted.gather(1, parent), halves, m)
         self.report["anchors"]["split"] = m.mask.sum(1).tolist()
         return m
 
@@ -398,27 +397,26 @@ class DyGA(nn.Module):
         """Cut each cluster at its mean, across its widest direction: the start of its split."""
         label = []
         offset = (m.mu * m.q[..., 0]).sum(-1)[:, None, :]                                           # (N, 1, K)
-        for s in chunks(x):
+        for s in chunks(x, m.mask.shape[1]):
             own = owner[:, s].clamp(min=0)                                                          # (N, n)
             along = x[:, s] @ m.q[..., 0].mT - offset                                               # (N, n, K)
             above = along.gather(2, own[..., None])[..., 0] > 0                                     # (N, n)
             label.append(torch.where(owner[:, s] < 0, -1, torch.where(above, twin.gather(1, own), own)))
-        return hard_m_step(x, torch.cat(label, 1), self.k_max, self.d_max)
+        return hard_m_step(x, torch.cat(label, 1), m.mask.shape[1], self.d_max)
 
-    def _bic_gain(self, x, m, children, owner, parent, twin):
+    def _bic_gain(self, x, m, halves, owner, parent, twin):
         """By how much each split lowers the unit's BIC, (N, K), parents' slots. A split changes the density of its own
         cluster's samples; that of others, where its components weigh little, is taken as unchanged."""
         N, n, D = x.shape
-        slot = owner.clamp(min=0)
-        slots = torch.arange(self.k_max, device=x.device).expand(N, -1)
-        _, before = e_step(x, m, owner, slots)
-        _, after = e_step(x, children, owner, parent)                                               # (N, n)
-        gain = torch.zeros(N, self.k_max, dtype=torch.float64, device=x.device)
-        gain.scatter_add_(1, slot, (after - before).double())
+        slots = torch.arange(m.mask.shape[1], device=x.device)
+        _, before = e_step(x, m, owner, slots.expand(N, -1))                                        # (N, n)
+        _, after = e_step(x, halves, owner, parent)
+        hot = (owner[..., None] == slots).double()                                                  # (N, n, K)
+        gain = (hot.mT @ (after - before).double()[..., None])[..., 0]                              # (N, K)
 
         def parameters(d):      # weight, mean, a, b, and the orthonormal directions
             return 1 + D + d + 1 + d * (D - (d + 1) / 2)
-        added = parameters(children.d) + parameters(children.d).gather(1, twin) - parameters(m.d)
+        added = parameters(halves.d) + parameters(halves.d).gather(1, twin) - parameters(m.d)
         return 2 * gain - added * math.log(n)
 
     def _filter(self, x, m):
@@ -465,13 +463,13 @@ class DyGA(nn.Module):
         Units that do not vary, and all units before the first fit, come back unchanged.
         """
         with torch.autocast(c.device.type, enabled=False):
-            x = c.float()
+            x = c.to(torch.promote_types(c.dtype, torch.float32))
             with torch.no_grad():
                 # Paper: Gumbel noise on r, then softmax(r / 1e-4). Noise of size 1 on r in [0, 1] picks the right one of K
                 # anchors with chance e / (e + K - 1) even when r is 1 for it, while the text wants the highest responsibility.
                 # So: argmax, and noise only on log r, as an option. At 1e-4 the softmax is one-hot and its gradient 0, hence
                 # the choice is a constant here too; gradients reach c through c and delta.
-                score = -0.5 * self._cost(x)                                                        # (N, B, K)
+                score = -0.5 * self._cost(x.float())                                                     # (N, B, K)
                 if gumbel is not None:
                     u = torch.rand(score.shape, generator=gumbel, device=score.device)
                     score = score - (-u.clamp(min=1e-20).log()).log()

@@ -195,14 +195,23 @@ class VQGAN(nn.Module):
                 decoder.append(upsample(width))
         decoder += [norm_silu(width), nn.Conv2d(width, 3 * patch ** 2, 3, padding=1), nn.PixelShuffle(patch)]
         self.decoder = nn.Sequential(*decoder)
+        # Diffusion assumes data of about unit variance. Latents are divided by this one number, their standard
+        # deviation over all positions and channels (LDM's scale_by_std), before any noise is added to them.
+        self.register_buffer("latent_std", torch.ones(()))
 
-    def encode(self, x):
-        """Images float (B, 3, H, W) in [-1, 1] -> latents z (B, z_channels, H/f, W/f), not quantised."""
-        return self.encoder(x)
+    @torch.no_grad()
+    def encode(self, images):
+        """Images uint8 (B, 3, H, W) -> latents z0 float (B, z_channels, H/f, W/f), scaled, not quantised."""
+        return self.encoder(to_float(images)).float() / self.latent_std
 
+    @torch.no_grad()
     def decode(self, z):
-        """Latents z (B, z_channels, h, w), quantised first -> images float (B, 3, H, W), about [-1, 1]."""
-        return self.decoder(self.codebook(z)[0])
+        """Scaled latents (B, z_channels, h, w) -> images uint8 (B, 3, H, W); quantises on the way."""
+        return to_uint8(self.decoder(self.codebook(z * self.latent_std)[0]))
+
+    def reconstruct(self, images):
+        """There and back: uint8 (B, 3, H, W) -> uint8 (B, 3, H, W). The best that a sample can look."""
+        return self.decode(self.encode(images))
 
     def last_weight(self):
         """The decoder's last convolution: where the adversarial weight compares the two gradients."""
@@ -233,7 +242,7 @@ class Stage1:
 
     Args:
         vqgan: the VQGAN to train, on its device.
-        lr: of both Adam optimisers; the caller may scale it over time through `set_lr`.
+        lr: of both Adam optimisers.
         disc_weight: 0.75 in Table 7; 0 leaves the discriminator out altogether (the off switch).
         disc_width: width of the discriminator's first layer.
         commitment: weight of the encoder's term; the codes' term has Table 7's weight 1.0.
@@ -243,7 +252,7 @@ class Stage1:
     loss is absent, openly, in place of a network that silently failed to load.
     """
 
-    def __init__(self, vqgan, lr=2e-4, disc_weight=0.75, disc_width=64, commitment=0.25, restart_images=20_000):
+    def __init__(self, vqgan, lr=2e-4, disc_weight=0.75, disc_width=64, commitment=0.25, restart_images=100_000):
         device = vqgan.last_weight().device
         self.vqgan, self.commitment, self.restart_images = vqgan, commitment, restart_images
         self.disc_weight = disc_weight
@@ -256,20 +265,19 @@ class Stage1:
             self.disc = PatchDiscriminator(disc_width).to(device)
             self.disc_opt = torch.optim.Adam(self.disc.parameters(), lr=lr, betas=betas)
 
-    def set_lr(self, scale):
-        """Set both learning rates to `scale` times the initial one."""
-        for opt in filter(None, (self.opt, self.disc_opt)):
-            for group in opt.param_groups:
-                group["lr"] = self.lr * scale
-
-    def step(self, x, images_seen):
-        """Train on images float (B, 3, H, W) in [-1, 1], after `images_seen` others. Returns a dict of 0-dim tensors:
+    def step(self, images, images_seen, progress):
+        """Train on images uint8 (B, 3, H, W), after `images_seen` others, `progress` in [0, 1) through the stage.
+        Returns a dict of 0-dim tensors:
 
         l1, psnr (dB, range 0 to 255), codebook and commitment losses, codes_used (share), and with a discriminator
         disc_loss and adversarial_weight. Tensors, not floats: reading one would make a GPU wait.
         """
         self.vqgan.train()
-        z = self.vqgan.encode(x)
+        x = to_float(images)
+        # Constant at first, then linearly to 0 over the second half: most of the sharpness comes at the end.
+        for opt in filter(None, (self.opt, self.disc_opt)):
+            opt.param_groups[0]["lr"] = self.lr * min(1.0, 2 * (1 - progress))
+        z = self.vqgan.encoder(x)
         if images_seen // self.restart_images != (images_seen - len(x)) // self.restart_images:
             # The first batch too: it puts the codes where the encoder's outputs are, so that none starts dead.
             self.vqgan.codebook.restart(z.detach())
@@ -302,6 +310,17 @@ class Stage1:
             self.disc_opt.step()
             log["disc_loss"] = disc_loss.detach()
         return log
+
+    @torch.no_grad()
+    def finish(self, images):
+        """Freeze the VQGAN, set its `latent_std` from images uint8 (n, 3, H, W), and return the mean PSNR in dB, a
+        float, of its reconstructions of them."""
+        self.vqgan.eval().requires_grad_(False)
+        z = torch.cat([self.vqgan.encode(part) for part in images.split(128)])  # (n, z_channels, h, w)
+        self.vqgan.latent_std.mul_(z.std())  # times, not set: a stage 1 taken from another run is scaled already
+        drawn = torch.cat([self.vqgan.reconstruct(part) for part in images.split(128)])
+        error = (drawn.float() - images.float()).square().mean((1, 2, 3))  # (n,)
+        return (10 * torch.log10(255 ** 2 / error)).mean().item()
 
     def state_dict(self):
         """All that the next step depends on, but for the VQGAN's own weights: discriminator and optimisers."""

@@ -1,0 +1,54 @@
+"""Facts about the feature extractor (Table 9)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from extractor import Extractor, UnitLinear
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return Extractor(n_units=4, unit_dim=8, channels=(8, 16, 16), hidden=(32, 16), unit_hidden=(12, 12)).eval()
+
+
+def test_paper_size_has_the_papers_parameter_count():
+    # 2,764,800 convolutions and norms + 17,835,284 dense + 20 x 148,512 private MLPs, worked out by hand from Table 9.
+    assert sum(p.numel() for p in Extractor().parameters()) == 23_570_324
+
+
+def test_batched_unit_mlp_equals_a_loop_of_ordinary_linear_layers():
+    layer = UnitLinear(5, 7, 3)
+    x = torch.randn(5, 11, 7)
+    loop = torch.stack([F.linear(x[n], layer.weight[n].T, layer.bias[n, 0]) for n in range(5)])
+    torch.testing.assert_close(layer(x), loop)
+
+
+def test_a_unit_depends_on_its_own_scalar_only(small):
+    s = torch.randn(6, 4)
+    changed = s.clone()
+    changed[:, 2] += 1.0
+    difference = (small.expand(changed) - small.expand(s)).abs().amax(dim=(0, 2))  # (N,)
+    assert difference[2] > 0
+    assert difference[[0, 1, 3]].eq(0).all()
+
+
+def test_forward_is_scalars_then_expand(small):
+    x = torch.randn(3, 3, 64, 64)
+    c = small(x)
+    assert c.shape == (3, 4, 8)
+    torch.testing.assert_close(c, small.expand(small.scalars(x)))
+
+
+def test_units_end_in_a_relu_only_if_asked():
+    s = torch.randn(50, 4)
+    for relu in (True, False):
+        torch.manual_seed(0)
+        net = Extractor(4, 8, (8, 16), (16, 16), (12, 12), unit_relu=relu)
+        assert bool((net.expand(s) < 0).any()) is not relu
+
+
+def test_too_many_halvings_are_refused():
+    with pytest.raises(ValueError, match="halvings"):
+        Extractor(channels=(4,) * 6, hidden=(8, 8), shrink=4)

@@ -1,0 +1,234 @@
+"""Facts about the run: command line, checkpoint, log, determinism, resuming."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train
+
+ROOT = Path(train.__file__).parent
+# A course of a few steps: two fits of the anchors and several rows of the log.
+SHORT = ["--preset", "tiny", "--device", "cpu", "--stage1_images", "96", "--images", "320", "--epoch_images", "128",
+         "--fit_images", "150", "--ddim_steps", "2", "--dyga.k_max", "8", "--dyga.max_iter", "5"]
+
+
+def run_main(monkeypatch, *flags):
+    """Run train.py's main in this process as the command line would; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # the test runner keeps its own handlers
+    try:
+        data.run(train.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The real command, in a process of its own, on a short course."""
+    out = tmp_path_factory.mktemp("run")
+    command = [sys.executable, str(ROOT / "train.py"), "--dataset", "shapes3d", "--out", str(out), *SHORT]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=out)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+# ---- what a run writes ----
+
+
+def test_a_run_writes_its_four_files_and_says_what_was_chosen(finished):
+    out, printed = finished
+    assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl", "samples.png", "loss.png"}
+    first = printed.splitlines()[0]
+    for word in ("preset tiny", "as asked", "device cpu", "float32", "rendered twin", "minutes"):
+        assert word in first
+
+
+def test_log_has_one_json_row_per_line_with_losses_and_anchors(finished):
+    rows = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
+    assert {"psnr", "codes_used", "adversarial_weight"} <= rows[0].keys()
+    assert any("reconstruction_psnr" in row for row in rows)
+    losses = [row["images"] for row in rows if "loss" in row]
+    assert losses == sorted(set(losses)) and losses[-1] == 320
+    fits = [row for row in rows if "anchors" in row]
+    assert [row["images"] for row in fits] == [128, 256, 320] and [row["weights"] for row in fits][-1] == "average"
+    assert all(len(row["anchors"]) == 6 for row in fits)
+
+
+def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
+    model, ckpt = train.load_checkpoint(finished[0] / "ckpt.pt")
+    assert ckpt["dataset"] == {"name": "shapes3d", "source": "rendered"} and ckpt["images_seen"] == 320
+    images = data.load("shapes3d").images(torch.tensor([0, 77, 479_999]))
+    c = model.units(images)
+    assert c.shape == (3, 6, 32) and not model.training
+    noise = model.noise(3, torch.Generator().manual_seed(0))
+    sample = model.sample(model.dyga.align(c), noise)
+    assert sample.shape == (3, 3, 64, 64) and sample.dtype == torch.uint8
+    again, maps = model.sample(model.dyga.align(c), noise, return_attention=True)
+    assert maps.shape == (3, 6, 64, 64) and (again.int() - sample.int()).abs().max() <= 1
+    # The average has its own weights and anchors, not the training ones.
+    assert not torch.equal(ckpt["average"]["unet.conv_in.weight"], ckpt["model"]["unet.conv_in.weight"])
+    assert not torch.equal(ckpt["average"]["dyga.anchors"], ckpt["model"]["dyga.anchors"])
+
+
+# ---- determinism and resuming ----
+
+
+def same(a, b):
+    return {k for k in a if not torch.equal(a[k], b[k])} == set() and a.keys() == b.keys()
+
+
+def test_same_seed_same_numbers_and_another_seed_other_numbers(finished, tmp_path, monkeypatch):
+    first = train.read_checkpoint(finished[0] / "ckpt.pt")
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "a", *SHORT) == 0
+    second = train.read_checkpoint(tmp_path / "a" / "ckpt.pt")
+    assert same(first["model"], second["model"]) and same(first["average"], second["average"])
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "b", "--seed", 1, *SHORT) == 0
+    third = train.read_checkpoint(tmp_path / "b" / "ckpt.pt")
+    assert not torch.equal(first["model"]["unet.conv_in.weight"], third["model"]["unet.conv_in.weight"])
+
+
+@pytest.mark.parametrize("stage, images", [(1, 48), (2, 192)])
+def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(finished, tmp_path, monkeypatch, stage, images):
+    out = tmp_path / "run"
+    log = train.Run.tally
+
+    def stop_here(self, at, **values):
+        log(self, at, **values)
+        if at == stage and self.seen[at] + self.batch[at] >= images:
+            self.stopped_by = "SIGTERM"
+
+    monkeypatch.setattr(train.Run, "tally", stop_here)
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", out, *SHORT) == 130
+    assert train.read_checkpoint(out / "ckpt.pt")["stage"] == stage
+    monkeypatch.setattr(train.Run, "tally", log)
+    # A row that was logged after the checkpoint, and one torn in the middle, must not survive.
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"stage": 2, "images": 999, "loss": 1.0}\n{"stage": 2, "ima')
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", out, "--resume") == 0
+    whole, resumed = (train.read_checkpoint(o / "ckpt.pt") for o in (finished[0], out))
+    for key in ("model", "average"):
+        assert same(whole[key], resumed[key])
+    assert torch.equal(whole["rng"], resumed["rng"])
+
+    def rows(o):
+        found = [json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k not in ("minutes", "images_per_s", "fit_s")} for row in found]
+
+    assert rows(finished[0]) == rows(out)
+
+
+def test_stage1_of_another_run_can_be_taken_over(finished, tmp_path, monkeypatch):
+    flags = ["--dataset", "shapes3d", "--stage1_from", finished[0] / "ckpt.pt", "--out"]
+    assert run_main(monkeypatch, *flags, tmp_path / "a", *SHORT) == 0
+    ours, theirs = (train.read_checkpoint(o / "ckpt.pt")["model"] for o in (tmp_path / "a", finished[0]))
+    for name, weights in train.part(theirs, "vqgan").items():
+        torch.testing.assert_close(ours[f"vqgan.{name}"], weights)
+    assert run_main(monkeypatch, *flags, tmp_path / "b", *SHORT, "--vqgan.channels", 24) == 2
+
+
+def test_minutes_ends_the_course_in_time_with_a_complete_checkpoint(finished, tmp_path, monkeypatch):
+    flags = ["--dataset", "shapes3d", "--preset", "tiny", "--minutes", "0.1", "--stage1_from", finished[0] / "ckpt.pt"]
+    assert run_main(monkeypatch, *flags, "--out", tmp_path / "a") == 0
+    model, ckpt = train.load_checkpoint(tmp_path / "a" / "ckpt.pt")
+    assert 0.05 < ckpt["minutes"] < 0.2 and model.dyga.mask.any()
+
+
+# ---- settings ----
+
+
+def test_every_setting_has_a_help_text_and_every_preset_names_real_settings():
+    known = train.all_settings()
+    assert all(len(text) > 1 for _, text in known.values())
+    for preset in [*train.PRESETS.values(), *train.PER_DATASET.values()]:
+        assert preset.keys() <= known.keys()
+
+
+def test_flag_beats_dataset_beats_preset_beats_default():
+    def chosen(*flags):
+        args = train.build_parser().parse_args(flags)
+        args.device = torch.device("cpu")
+        return train.settings(args)
+
+    assert chosen("--dataset", "celeba", "--preset", "paper")["batch"] == 64
+    assert chosen("--dataset", "celeba", "--preset", "paper", "--batch", "7")["batch"] == 7
+    assert chosen("--dataset", "shapes3d", "--preset", "paper")["unet.base"] == 64
+    assert chosen("--dataset", "shapes3d")["preset"] == "laptop"
+    assert chosen("--dataset", "cars3d", "--preset", "paper")["fit_every"] == 5
+
+
+# ---- errors are for people ----
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "shapes3d", "--bacth", "3"], ["unrecognized", "--bacth"]),
+    (["--dataset", "shapes"], ["shapes", "cars3d"]),
+    (["--dataset", "shapes3d", "--preset", "huge"], ["huge", "laptop"]),
+    (["--dataset", "shapes3d", "--batch", "many"], ["many", "int"]),
+    (["--dataset", "cars3d", "--preset", "tiny"], ["cars3d", "nips2015-analogy-data"]),
+    (["--dataset", "shapes3d", "--preset", "tiny", "--unet.heads", "3"], ["heads"]),
+    (["--dataset", "shapes3d", "--preset", "tiny", "--resume"], ["ckpt.pt", "no such file"]),
+    (["--dataset", "shapes3d", "--device", "cuda:99"], ["cuda:99", "cpu"]),
+])
+def test_mistakes_end_in_one_line_exit_code_2_and_nothing_written(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, *flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_that_is_a_file_is_refused_and_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "taken", *SHORT) == 2
+    assert "expected a folder" in capsys.readouterr().err and (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished, monkeypatch, capsys):
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", finished[0], *SHORT) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", bytes(range(256)) * 40, "half", "other"])
+def test_foreign_checkpoints_are_refused_in_one_line(content, finished, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    if content == "half":
+        whole = (finished[0] / "ckpt.pt").read_bytes()
+        path.write_bytes(whole[:len(whole) // 2])
+    elif content == "other":
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(data.UserError, match="expected") as caught:
+        train.load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_with_code_is_not_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"format": 1, "model": Hostile()}, tmp_path / "ckpt.pt")
+    with pytest.raises(data.UserError):
+        train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "a", *SHORT, "--lr", "1e30") == 2
+    message = capsys.readouterr().err
+    assert "stage 2 is not finite" in message and "lower --lr" in message
+
+
+def test_components_never_import_each_other():
+    parts = {"data", "vqgan", "unet", "extractor", "dyga"}
+    for name in parts:
+        source = (ROOT / f"{name}.py").read_text()
+        words = {line.split()[1].split(".")[0] for line in source.splitlines() if line.strip().startswith(("import ", "from "))}
+        assert not words & (parts | {"train", "evaluate"}), name
