@@ -1,15 +1,17 @@
-"""Dynamic Gaussian Anchoring (DyGA): the paper's main idea, section 3.2, Algorithms 2 and 3.
+"""Dynamic Gaussian Anchoring (DyGA): the paper's main idea, sections 3.2.1 and 3.2.2, Algorithms 2 and 3.
 
-The extractor turns an image into N latent units of D numbers. If a unit is to mean one factor (say, wall hue) its values
-should fall into one group per attribute (per hue). DyGA finds such groups and sharpens them:
-  fit    after an epoch: a Gaussian mixture per unit. Its means are the unit's ANCHORS, their number is found on the way.
-         HDDC, then split wide clusters, then drop tiny ones, then HDDC again (Algorithm 2, all N units as one batch).
-  align  in every training step: move each unit a little towards its nearest anchor (equation 6), then condition the
-         denoiser on the result. The denoiser works better with sharp groups, so the extractor learns to make them.
+It sits between the extractor, which turns an image into N latent units of D numbers, and the denoiser. A unit that
+means one factor (wall hue, say) should take one group of values per attribute (per hue). DyGA finds such groups:
 
-    python dyga.py      # some toy units: anchors found against the truth, and a picture, out/dyga.png
+    fit     after an epoch: a Gaussian mixture per unit. Its means are the unit's ANCHORS; their number is found too.
+            HDDC, then split clusters, then drop tiny ones, then HDDC again (Algorithm 2).
+    align   in every training step: move each unit a little towards its anchor (equation 6). The denoiser sees the
+            result, works better with sharp groups, and so teaches the extractor to make them.
 
-The file needs nothing but torch and knows nothing of diffusion: any model with latent units can use it.
+    python dyga.py      # fits toy units, prints the anchors found beside the truth, draws out/dyga.png
+
+All N units are one batch, with no loop over units, clusters or samples. The file knows nothing of diffusion: any model
+with latent units can use it.
 """
 
 import math
@@ -19,225 +21,241 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-# Everything below the module works in NORMALISED units: minus the unit's mean, divided by ONE scale per unit (the root mean
-# square deviation of a coordinate), so 0.5 and the variance floor mean the same for every unit.
-FLOOR = 1e-3    # least variance along any direction. A unit is a curve in D dimensions: off the curve the variance is 0,
-                # its Gaussian singular. sqrt(1e-3) = 3% of the unit's scale: anchors closer than that are not told apart.
-LIMIT = 1e3     # an outlier farther than this many scales is put at this distance, so that squares fit in float32
-EMPTY = 1e-6    # a component that holds fewer samples than this is gone
+# The fit works in NORMALISED units: minus the unit's mean, divided by ONE scale per unit, the root mean square
+# deviation of a coordinate. So the spread threshold and this floor mean the same for every unit.
+FLOOR = 1e-3  # least variance: off its curve a unit's is 0, its Gaussian singular. sqrt(1e-3) is 3% of the scale
+LIMIT = 1e3  # outliers beyond this many scales are put there, so that their squares fit into float32
+EMPTY = 1e-6  # a component with fewer samples than this is gone
+BLOCK = 64  # rows of one block in Moments
 
 
 class Mixture(NamedTuple):
-    """N Gaussian mixtures of up to K components: HDDC's model [a_kj b_k Q_k d_k]. Fields of absent components are unused.
+    """N Gaussian mixtures of up to K components, HDDC's model [a_kj b_k Q_k d_k].
 
-    The covariance of component k has variance a_kj along its d_k main directions q_kj and one variance b_k along all
-    the others. With d_k = D it is a full covariance.
+    Component k has variance a_kj along its d_k main directions q_kj, and one variance b_k along the D - d_k others.
     """
-    mask: torch.Tensor      # (N, K) bool: the component is present
-    log_pi: torch.Tensor    # (N, K) log of the weights
-    mu: torch.Tensor        # (N, K, D) means
-    q: torch.Tensor         # (N, K, D, J) main directions, J = largest d allowed
-    a: torch.Tensor         # (N, K, J) variances along them, largest first; a_kj = b_k for j >= d_k
-    b: torch.Tensor         # (N, K) variance along each of the other D - d_k directions
-    d: torch.Tensor         # (N, K) int64: main directions in use
+
+    mask: torch.Tensor  # (N, K) bool: the component is present
+    log_pi: torch.Tensor  # (N, K) log of its weight
+    mu: torch.Tensor  # (N, K, D) mean
+    q: torch.Tensor  # (N, K, D, J) orthonormal main directions; J is the largest d allowed
+    a: torch.Tensor  # (N, K, J) variances along them, falling; b_k where j >= d_k
+    b: torch.Tensor  # (N, K) variance along each other direction
+    d: torch.Tensor  # (N, K) int64: how many directions are main ones
 
 
-def select(m, index):
-    """The mixture whose component k of unit i is component index[i, k] of m. index: (N, K') int64."""
-    def pick(t):
-        shape = index.shape + t.shape[2:]
-        return t.gather(1, index.reshape(index.shape + (1,) * (t.dim() - 2)).expand(shape))
-    return Mixture(*map(pick, m))
+def front(m):
+    """The mixture with its present components first, and no more slots than the fullest unit needs."""
+    order = (~m.mask).long().argsort(dim=1, stable=True)[:, :int(m.mask.sum(1).max())]  # (N, K')
+    unit = torch.arange(len(order), device=order.device)[:, None]
+    return Mixture(*(t[unit, order] for t in m))
 
 
-def where(condition, m1, m2):
-    """Component k of unit i from m1 if condition[i, k] (N, K), else from m2."""
-    return Mixture(*(torch.where(condition.reshape(condition.shape + (1,) * (t1.dim() - 2)), t1, t2)
-                     for t1, t2 in zip(m1, m2)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # HDDC: expectation maximisation for all units and components at once (Bouveyron, Girard, Schmid 2007)
 
-def cost_terms(m):
-    """What cost() needs and does not depend on x: compute it once per pass over the data."""
-    N, K, D, J = m.q.shape
-    # a >= b, so the kept directions only ever lower the cost |x - mu|^2 / b; their factor goes into q, under the square.
-    q = m.q * (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()[..., None, :]                      # (N, K, D, J)
-    shift = -torch.einsum("nkd,nkdj->nkj", m.mu, q).reshape(N, 1, K * J)                             # (N, 1, K*J)
-    q = q.permute(0, 2, 1, 3).reshape(N, D, K * J)                                                  # (N, D, K*J)
-    constant = m.a.log().sum(-1) + (D - J) * m.b.log() - 2 * m.log_pi                               # (N, K)
-    constant = constant + m.mu.square().sum(-1) / m.b
-    return q, shift, m.mu.mT / m.b[:, None, :], 1 / m.b[:, None, :], constant[:, None, :], m.mask[:, None, :]
 
+def cost(x, m):
+    """HDDC's cost: -2 log(pi_k N(x; mu_k, Sigma_k)) - D log(2 pi), and 1e30 for absent components.
 
-def cost(x, terms):
-    """HDDC's cost: minus twice log(pi_k times the density of component k), without D log(2 pi). Absent: 1e30.
-
-    x: (N, n, D) in normalised units. Returns (N, n, K). As the paper of HDDC has it, P_k the projection on the main directions:
+    x: (N, n, D) in normalised units. Returns (N, K, n). With P_k(x) the projection on the main directions, it is
     sum_j (q_kj . (x - mu_k))^2 / a_kj + |x - P_k(x)|^2 / b_k + sum_j log a_kj + (D - d_k) log b_k - 2 log pi_k.
-    By Pythagoras |x - P_k(x)|^2 = |x - mu_k|^2 - sum_j (q_kj . (x - mu_k))^2, so two matrix products with x give all
-    of it; nothing of size (n, K, D) is ever made.
     """
-    q, shift, mu_b, inv_b, constant, mask = terms
-    N, n, D = x.shape
-    K = mask.shape[-1]
-    y = torch.baddbmm(shift, x, q).reshape(N, n, K, q.shape[-1] // K)                               # (N, n, K, J)
-    out = x.square().sum(-1, keepdim=True) * inv_b - 2 * (x @ mu_b) + constant                      # (N, n, K)
-    out = out - y.square().sum(-1)
-    return out.masked_fill(~mask, 1e30)
-
-
-def chunks(x, K):
-    """Slices of the sample axis: a pass holds at most 2^20 numbers r x at once (a CPU's cache), or 2^26 on a GPU."""
-    N, n, D = x.shape
-    step = max(1, 2 ** (20 if x.device.type == "cpu" else 26) // (N * K * D))
-    return [slice(i, i + step) for i in range(0, n, step)]
+    N, K, D, J = m.q.shape
+    # Pythagoras: |x - P(x)|^2 = |x - mu|^2 - sum_j (q_j . (x - mu))^2. That leaves two matrix products with x, for mu
+    # and for the main directions; nothing of size (n, K, D) is ever made.
+    constant = m.a.log().sum(-1) + (D - J) * m.b.log() - 2 * m.log_pi + m.mu.square().sum(-1) / m.b  # (N, K)
+    out = torch.baddbmm(constant[..., None], m.mu / m.b[..., None], x.mT, alpha=-2)  # (N, K, n)
+    out = out.addcmul_(x.square().sum(-1)[:, None], 1 / m.b[..., None])
+    # a >= b, so a main direction only lowers the cost of being off the mean: by y^2, y = q . (x - mu) sqrt(1/b - 1/a).
+    q = (m.q * (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()[:, :, None]).permute(0, 3, 1, 2)  # (N, J, K, D)
+    shift = -(q * m.mu[:, None]).sum(-1).reshape(N, J * K, 1)
+    y = torch.baddbmm(shift, q.reshape(N, J * K, D), x.mT).view(N, J, K, -1)  # (N, J, K, n)
+    return out.sub_(y.square_().sum(1)).masked_fill_(~m.mask[..., None], 1e30)
 
 
 class Moments:
-    """Running sums of r, r x and r x x^T for every unit and component: all that the M-step has to know of the data."""
+    """Weighted sums of 1, x - about and (x - about)(x - about)^T: all that the M-step needs to know of the data.
 
-    def __init__(self, N, K, D, device):
-        # Chunks are summed in their own precision, the chunks among each other in float64.
-        self.n = torch.zeros(N, K, dtype=torch.float64, device=device)
-        self.x = torch.zeros(N, K, D, dtype=torch.float64, device=device)
-        self.xx = torch.zeros(N, K, D, D, dtype=torch.float64, device=device)
+    about: (N, K, D), a guess of the means; sums about a point near the mean lose few digits, so float32 is enough.
+    count (N, K), first (N, K, D), second (N, K, D, D): the sums, float64.
+    """
+
+    def __init__(self, about):
+        self.about = about
+        N, K, D = about.shape
+        self.count, self.first, self.second = (
+            torch.zeros(shape, dtype=torch.float64, device=about.device) for shape in ((N, K), (N, K, D), (N, K, D, D)))
 
     def add(self, x, r):
-        """x: (N, n, D), r: (N, n, K). All components of a unit are one matrix product, the bulk of an iteration's work."""
-        rx = (r[..., None] * x[..., None, :]).flatten(2)                                            # (N, n, K*D)
-        self.n += r.sum(1)
-        self.x += rx.sum(1).view(self.x.shape)                                                      # (N, K, D)
-        self.xx += (rx.mT @ x).view(self.xx.shape)                                                  # (N, K, D, D)
+        """Add samples x (N, n, D) with responsibilities r (N, K, n).
+
+        Most responsibilities are 0: a sample belongs to one component or two. So only the pairs (sample, component)
+        that count are gathered, sorted by component, and cut into blocks of BLOCK rows of one component, the last one
+        padded with weight 0. A batched product squares all blocks: work n D^2, where a dense one needs n K D^2.
+        """
+        (N, n, D), K = x.shape, r.shape[1]
+        pair = (r.flatten() > torch.finfo(r.dtype).eps).nonzero()[:, 0]  # (pairs,), sorted by unit, then component
+        group = pair // n  # (pairs,) unit * K + component
+        size = group.bincount(minlength=N * K)  # (N*K,)
+        blocks = (size + BLOCK - 1) // BLOCK  # (N*K,)
+        padding = BLOCK * (blocks.cumsum(0) - blocks) - (size.cumsum(0) - size)  # (N*K,) rows of padding before a group
+        row = torch.arange(len(pair), device=x.device) + padding[group]  # (pairs,)
+        owner = torch.arange(N * K, device=x.device).repeat_interleave(blocks)  # (blocks,) the group of a block
+        source = row.new_zeros(len(owner) * BLOCK).index_copy_(0, row, group // K * n + pair % n)
+        root = x.new_zeros(len(owner) * BLOCK).index_copy_(0, row, r.take(pair).sqrt()).view(-1, 1, BLOCK)
+        z = x.flatten(0, 1).index_select(0, source).view(-1, BLOCK, D)
+        z = z.sub_(self.about.flatten(0, 1)[owner, None]).mul_(root.mT)  # (blocks, BLOCK, D)
+
+        def add_to(total, parts):
+            """total (N, K, ...) float64 += parts (blocks, ...), summed within this call in the data's precision."""
+            total += parts.new_zeros(N * K, *parts.shape[1:]).index_add_(0, owner, parts).view_as(total)
+
+        add_to(self.count, root.square().sum((1, 2)))
+        add_to(self.first, (root @ z)[:, 0])
+        add_to(self.second, z.mT @ z)
 
 
-def e_step(x, m, owner=None, parent=None):
-    """One pass over the data: responsibilities (equation 4), chunk by chunk, and the moments they weight.
+def chunks(x, K):
+    """Slices of the sample axis, so small that their arrays fit the cache and memory does not grow with n."""
+    N, n, _ = x.shape
+    step = max(1, min(2**15 // N, 2**20 // (N * K)))
+    return [slice(i, i + step) for i in range(0, n, step)]
 
-    x: (N, n, D). Returns Moments and the log-likelihood per sample (N, n). For a split (see DyGA.split) owner (N, n) and
-    parent (N, K) restrict sample i to the components whose parent it is owned by; owner -1: the sample takes no part.
+
+def e_step(x, m, weight):
+    """One pass over the data: responsibilities (equation 4), and from them the moments for the M-step.
+
+    x: (N, n, D); weight: (N, n), 0 for padding, else 1. Returns Moments and the log-likelihood (N,) float64.
     """
-    N, n, D = x.shape
-    K = m.mask.shape[1]
-    moments, likelihood, terms = Moments(N, K, D, x.device), [], cost_terms(m)
-    for s in chunks(x, K):
-        energy = cost(x[:, s], terms).mul_(-0.5)                                                    # (N, n, K)
-        if owner is not None:
-            energy = energy.masked_fill_(owner[:, s, None] != parent[:, None, :], -1e30)
-        top = energy.amax(-1, keepdim=True)
-        r = (energy - top).exp_()
-        total = r.sum(-1, keepdim=True)
-        taking_part = top > -1e29
-        r = r / total * taking_part                                                                 # (N, n, K)
-        moments.add(x[:, s], r)
-        likelihood.append(torch.where(taking_part, top + total.log() - D / 2 * math.log(2 * math.pi), 0)[..., 0])
-    return moments, torch.cat(likelihood, 1)
+    _, _, D = x.shape
+    J = int(m.d.max())  # usually 1 to 3: most of the columns of q are not in use
+    m = m._replace(q=m.q[..., :J], a=m.a[..., :J])
+    moments, likelihood = Moments(m.mu), 0
+    for s in chunks(x, m.mask.shape[1]):
+        energy = cost(x[:, s], m).mul_(-0.5)  # (N, K, n)
+        top = energy.amax(1, keepdim=True)  # (N, 1, n)
+        r = energy.sub_(top).clamp_(min=-80).exp_()  # (N, K, n); exp of less is as good as 0, and ten times slower
+        total = r.sum(1, keepdim=True)  # (N, 1, n)
+        moments.add(x[:, s], r.mul_(weight[:, None, s] / total))
+        likelihood = likelihood + ((top + total.log())[:, 0] * weight[:, s]).sum(1, dtype=torch.float64)
+    return moments, likelihood - D / 2 * math.log(2 * math.pi) * weight.sum(1, dtype=torch.float64)
 
 
 def scree(eigenvalues, threshold=0.2):
-    """Cattell's scree test: the last drop in the sorted eigenvalues above `threshold` times the largest drop.
+    """Cattell's scree test: how many eigenvalues come before the last drop above threshold times the largest drop.
 
-    eigenvalues: (..., D), largest first. Returns (...) int64, the number of eigenvalues before that drop, 1 to D - 1.
+    eigenvalues: (..., D), falling. Returns (...) int64, from 1 to D - 1.
     """
-    drop = eigenvalues[..., :-1] - eigenvalues[..., 1:]                                             # (..., D-1)
-    big = drop > threshold * drop.amax(-1, keepdim=True)
-    return (big * torch.arange(1, eigenvalues.shape[-1], device=drop.device)).amax(-1).clamp(min=1)
+    drop = eigenvalues[..., :-1] - eigenvalues[..., 1:]  # (..., D-1)
+    large = drop > threshold * drop.amax(-1, keepdim=True)
+    return (large * torch.arange(1, eigenvalues.shape[-1], device=drop.device)).amax(-1).clamp(min=1)
 
 
-def m_step(moments, mask, d_max, d=None, d_least=None, floor=FLOOR, dtype=torch.float32):
-    """The most likely mixture given the responsibilities. Returns a Mixture.
+def m_step(moments, mask, d_max, d=None, d_least=1, floor=FLOOR):
+    """The mixture that is most likely under the E-step's responsibilities.
 
-    d (N, K) fixes the d_k; otherwise the scree test chooses them, at least d_least and at most d_max.
-    The eigenvectors are a batch of N*K matrices D x D: 0.08 ms each on a CPU, 5% to 10% of an iteration at 20,000 samples.
+    mask: (N, K) bool, components present. d: (N, K) int64 fixes the d_k; else the scree test, from d_least to d_max.
     """
-    n = moments.n.clamp(min=EMPTY)
-    N, K, D = moments.x.shape
-    mu = moments.x / n[..., None]                                                                   # (N, K, D)
-    cov = moments.xx / n[..., None, None] - mu[..., :, None] * mu[..., None, :]
-    values, vectors = torch.linalg.eigh(cov)                                                        # ascending
-    values, vectors = values.flip(-1), vectors.flip(-1)                                             # (N, K, D), (N, K, D, D)
+    _, _, D = moments.about.shape
+    mask = mask & (moments.count > EMPTY)
+    count = moments.count.clamp(min=EMPTY)  # (N, K)
+    offset = moments.first / count[..., None]  # (N, K, D)
+    cov = moments.second / count[..., None, None] - offset[..., :, None] * offset[..., None, :]  # (N, K, D, D)
+    # N*K eigenproblems of 32 x 32 in float64, 0.09 ms each on a CPU core: cheap beside the pass over the data.
+    values, vectors = torch.linalg.eigh(cov)  # rising
+    values, vectors = values.flip(-1), vectors.flip(-1)  # (N, K, D), (N, K, D, D)
     if d is None:
-        d = scree(values).clamp(max=d_max)
-        if d_least is not None:
-            d = torch.maximum(d, d_least)
-    kept = torch.arange(D, device=n.device) < d[..., None]                                          # (N, K, D)
-    b = (values * ~kept).sum(-1) / (D - d).clamp(min=1)                                             # (N, K)
-    # Of all variances above the floor, these are the most likely ones: clamping does not break EM's guarantee.
+        d = scree(values).clamp(max=d_max).clamp(min=d_least)
+    main = torch.arange(D, device=d.device) < d[..., None]  # (N, K, D)
+    b = (values * ~main).sum(-1) / (D - d).clamp(min=1)  # (N, K)
+    # Clamped, they are still the most likely ones among all variances above the floor: EM keeps its guarantee.
     b = torch.where(d < D, b, values[..., -1]).clamp(min=floor)
-    a = torch.where(kept, values.clamp(min=floor), b[..., None])[..., :d_max]                       # (N, K, J)
-    mask = mask & (moments.n > EMPTY)
-    log_pi = (n / (n * mask).sum(1, keepdim=True)).log()
-    return Mixture(mask, log_pi.to(dtype), mu.to(dtype), vectors[..., :d_max].to(dtype), a.to(dtype), b.to(dtype), d)
+    a = torch.where(main, values.clamp(min=floor), b[..., None])[..., :d_max]  # (N, K, J)
+    log_pi = (count / (count * mask).sum(1, keepdim=True)).log()
+    floats = (log_pi, moments.about + offset, vectors[..., :d_max], a, b)
+    return Mixture(mask, *(t.to(moments.about.dtype) for t in floats), d)
 
 
-def hard_m_step(x, label, K, d_max, **options):
-    """The mixture of a hard assignment, where EM starts. label: (N, n) int64, the component of each sample, -1 for none."""
-    moments = Moments(x.shape[0], K, x.shape[2], x.device)
+def hard_m_step(x, label, K, d_max, weight):
+    """The mixture of a hard assignment label (N, n) int64, from which EM starts."""
+    moments = Moments(x.new_zeros(x.shape[0], K, x.shape[2]))
     for s in chunks(x, K):
-        moments.add(x[:, s], (label[:, s, None] == torch.arange(K, device=x.device)).to(x.dtype))
-    mask = torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device)
-    return m_step(moments, mask, d_max, dtype=x.dtype, **options)
+        r = label[:, None, s] == torch.arange(K, device=x.device)[:, None]  # (N, K, n)
+        moments.add(x[:, s], r * weight[:, None, s])
+    return m_step(moments, torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device), d_max)
 
 
-def em(x, m, max_iter=30, tol=1e-4, d=None, floor=FLOOR, owner=None, parent=None):
-    """Expectation maximisation from the mixture m, until no unit's mean log-likelihood rises by more than tol.
+def em(x, m, max_iter=30, tol=1e-4, d=None, floor=FLOOR, weight=None):
+    """Expectation maximisation from the mixture m; a unit stops when its mean log-likelihood rises by tol or less.
 
-    x: (N, n, D). d (N, K) fixes the d_k. owner, parent: see e_step. Returns the mixture, the log-likelihood per iteration
-    and unit (iterations, N), and which units converged (N,) bool.
+    x: (N, n, D), weight: (N, n), see e_step; d, floor: see m_step. Returns the mixture, the log-likelihood before each
+    iteration (iterations, N), and which units converged (N,) bool. Units do not influence each other.
 
-    The log-likelihood never falls. HDDC as published repeats the scree test in every iteration, and a smaller d_k may fit
-    worse. Here d_k may only grow within one run: the model of d_k directions is contained in that of d_k + 1, so the
-    M-step still finds something at least as good. Each new run (after a split, after the filter) tests anew.
+    The log-likelihood never falls. HDDC as published repeats the scree test in every iteration, and a smaller d_k can
+    fit worse. Here d_k only grows within a run: the model with d_k directions is contained in the one with d_k + 1, so
+    the M-step still finds one at least as good. New components, of a split, start with the d_k of the scree test.
     """
-    history = []
-    converged = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-    for _ in range(max_iter):
-        # Only the directions in use are projected on; usually 1 to 3 of d_max.
-        J = m.q.shape[-1]
-        used = int(m.d.amax())
-        moments, likelihood = e_step(x, m._replace(q=m.q[..., :used], a=m.a[..., :used]), owner, parent)
-        history.append(likelihood.sum(1, dtype=torch.float64))
-        if len(history) > 1:
-            converged = history[-1] - history[-2] <= tol * x.shape[1]
-            if converged.all():
-                break
-        m = m_step(moments, m.mask, J, d, m.d, floor, x.dtype)
-    return m, torch.stack(history), converged
+    N, n, _ = x.shape
+    weight = x.new_ones(N, n) if weight is None else weight
+    running = torch.arange(N, device=x.device)  # a converged unit leaves the batch, and the rest goes faster
+    final, history = Mixture(*(t.clone() for t in m)), []
+    for i in range(max_iter):
+        moments, likelihood = e_step(x, m, weight)
+        m = m_step(moments, m.mask, m.q.shape[-1], d if d is None else d[running], m.d, floor)
+        for whole, part in zip(final, m):
+            whole[running] = part
+        history.append(likelihood if i == 0 else history[-1].index_copy(0, running, likelihood))
+        rising = (likelihood - history[i - 1][running] > tol * weight.sum(1)) | (i == 0)
+        if not rising.all():
+            running, x, weight, m = running[rising], x[rising], weight[rising], Mixture(*(t[rising] for t in m))
+        if len(running) == 0:
+            break
+    converged = torch.ones(N, dtype=torch.bool, device=x.device).index_fill_(0, running, False)
+    return final, torch.stack(history), converged
 
 
-def farthest_starts(x, K, generator):
-    """k-means++ for all units at once: each next start is a sample drawn with odds (distance to the nearest start)^2.
+def plus_plus(x, K, generator):
+    """k-means++ in all units at once: each next start is a sample drawn with odds (distance to the nearest start)^2.
 
-    x: (N, n, D). Returns the index of the nearest start per sample, (N, n) int64. Identical samples share a start, so a unit
-    of fewer than K different samples gets fewer components. (The loop is over starts: each draw depends on the last.)
+    x: (N, n, D). Returns the nearest start of each sample, (N, n) int64. Equal samples share a start, so a unit of
+    fewer than K different samples gets fewer components. (The loop is over starts: each draw depends on the last.)
     """
     N, n, D = x.shape
-    odds = torch.ones(N, n, dtype=torch.float64, device=x.device)
     nearest = torch.zeros(N, n, dtype=torch.int64, device=x.device)
+    odds = torch.full((N, n), math.inf, dtype=torch.float64, device=x.device)
     for k in range(K):
-        total = odds.cumsum(1)                                                                      # (N, n)
+        total = (odds if k else torch.ones_like(odds)).cumsum(1)  # (N, n)
         u = torch.rand(N, 1, dtype=torch.float64, generator=generator, device=generator.device).to(x.device)
-        i = torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=n - 1)               # (N, 1)
-        distance = (x - x.gather(1, i[..., None].expand(N, 1, D))).square().sum(-1).double()        # (N, n)
-        closer = distance < odds if k else torch.ones_like(nearest, dtype=torch.bool)
-        nearest = torch.where(closer, k, nearest)
-        odds = torch.where(closer, distance, odds)
+        start = torch.searchsorted(total, u * total[:, -1:], right=True).clamp(max=n - 1)  # (N, 1)
+        distance = (x - x.gather(1, start[..., None].expand(N, 1, D))).square().sum(-1).double()  # (N, n)
+        nearest = torch.where(distance < odds, k, nearest)
+        odds = torch.minimum(distance, odds)
     return nearest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# The module
+
 
 class DyGA(nn.Module):
-    """Anchors for n_units latent units of `dim` numbers. Before the first fit, align is the identity.
+    """Anchors for n_units latent units of dim numbers each. Before the first fit, align returns its input.
 
-    k_init, k_max   components to start with, and at most (the released settings: 8, 32)
-    max_iter        EM iterations per run (30)
-    lam             lambda of equation 6 (0.1); 0 switches alignment off, exactly
-    accept          "always": split as the paper does. "bic": try to split every cluster and keep a split if the Bayesian
-                    information criterion improves; with k_init=1 this grows to the number of levels.
-    d_max           upper limit of every d_k. Paper: none. A unit is a curve, which a few directions describe; 8 keep
-                    align cheap and buffers small.
+    Args:
+        n_units: N.
+        dim: D, the length of one unit's vector; at least 2.
+        k_init: anchors per unit to start with (released settings: 8).
+        k_max: anchors per unit at most (released settings: 32).
+        max_iter: EM iterations of one run at most (released settings: 30).
+        lam: lambda of equation 6, how far a unit moves to its anchor at most; 0 switches alignment off, exactly.
+        accept: always: split as the paper does. bic: try every cluster, and keep a split only if it improves the
+            Bayesian information criterion; with k_init 1 this grows to the number of levels.
+        d_max: largest d_k. The paper has no limit; a unit is a curve, and 8 directions hold its bend too.
+        spread: a cluster wider than this is split (the paper's psi), in scales of its unit.
+        split_odds: probability of any other cluster to be split once, with accept always.
+        min_samples: clusters of fewer samples are dropped.
+        min_fraction: clusters of a smaller share of the samples are dropped.
+        tol: EM has converged when the mean log-likelihood of a sample rises by less.
     """
 
     def __init__(self, n_units, dim=32, k_init=8, k_max=32, max_iter=30, lam=0.1, accept="always", d_max=8,
@@ -251,41 +269,40 @@ class DyGA(nn.Module):
         self.d_max, self.spread, self.split_odds, self.tol = min(d_max, dim), spread, split_odds, tol
         self.min_samples, self.min_fraction = min_samples, min_fraction
         N, K, D, J = n_units, k_max, dim, self.d_max
-        # Buffers: they move with .to(device) and travel in the checkpoint. Shapes never change, absent components are masked.
-        self.register_buffer("centre", torch.zeros(N, D))                       # normalised x = (c - centre) / scale
+        # Buffers move with .to(device) and travel in the checkpoint. Shapes never change; mask says what is there.
+        self.register_buffer("centre", torch.zeros(N, D))  # normalised x = (c - centre) / scale
         self.register_buffer("scale", torch.ones(N))
-        self.register_buffer("live", torch.zeros(N, dtype=torch.bool))          # the unit varies, so it may be moved
-        self.register_buffer("anchors", torch.zeros(N, K, D))                   # mu, in the unit's own space
+        self.register_buffer("live", torch.zeros(N, dtype=torch.bool))  # the unit varies, so it may be moved
+        self.register_buffer("anchors", torch.zeros(N, K, D))  # mu in the unit's own space; the rest is normalised
         self.register_buffer("mask", torch.zeros(N, K, dtype=torch.bool))
         self.register_buffer("log_pi", torch.zeros(N, K))
         self.register_buffer("q", torch.zeros(N, K, D, J))
         self.register_buffer("a", torch.ones(N, K, J))
         self.register_buffer("b", torch.ones(N, K))
         self.register_buffer("d", torch.ones(N, K, dtype=torch.int64))
-        self.report = {}                                                        # filled by fit, for the log
+        self.report = {}
 
     # -- anchor selection (section 3.2.1, Algorithm 2) --
 
     @torch.no_grad()
     def fit(self, features, generator=None):
-        """Select the anchors of all units. features: (n, N, D), any float type, n >= 1. Returns self.
+        """Select the anchors of all units. features: (n, N, D) floats, n >= 1. Returns self.
 
-        generator: torch.Generator for starts and random splits; None: a new one with seed 0. Global random state is not used.
-        self.report holds "anchors": {step: list of N counts}, "log_likelihood": {step: (iterations, N)} (of one EM run each)
-        and "converged": list of N bool. Raises ValueError on a wrong shape and on NaN or Inf, naming the units.
-
-        Time goes into the passes over the data, one per EM iteration: 20 units x 20,000 samples take 0.5 s for 8 components.
+        generator: a torch.Generator for starts and random splits; without one, a new one of seed 0. For the log,
+        self.report then holds "anchors" {step: N counts}, and of the EM runs on all samples "log_likelihood"
+        {step: (iterations, N)} and "converged" (N bools, of the last). ValueError on a wrong shape, NaN or Inf.
+        Time goes into the passes over the data, one per EM iteration: half into costs, half into moments.
         """
-        n, N, D = self._check(features)
+        self._check(features)
         generator = generator or torch.Generator().manual_seed(0)
-        x = features.transpose(0, 1)
-        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()         # (N, n, D)
         self.report = {"anchors": {}, "log_likelihood": {}}
-        with torch.autocast(x.device.type, enabled=False):          # half precision is too coarse for second moments
+        with torch.autocast(features.device.type, enabled=False):  # half precision is too coarse for second moments
+            x = features.transpose(0, 1)
+            x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # (N, n, D)
             self._measure(x)
             x = self._normalise(x) * self.live[:, None, None]
-            label = farthest_starts(x, self.k_init, generator)
-            m = self._run("hddc", x, hard_m_step(x, label, self.k_init, self.d_max))
+            start = plus_plus(x, self.k_init, generator)
+            m = self._run("hddc", x, hard_m_step(x, start, self.k_init, self.d_max, torch.ones_like(x[..., 0])))
             m = self._split(x, m, generator)
             m = self._filter(x, m)
             m = self._run("refit", x, m)
@@ -293,35 +310,33 @@ class DyGA(nn.Module):
         return self
 
     def _check(self, features):
-        N, D = self.centre.shape
-        if features.dim() != 3 or features.shape[1:] != (N, D) or not features.is_floating_point() or not len(features):
-            raise ValueError(f"features are {features.dtype} {tuple(features.shape)}; expected floats (n, {N}, {D}), n >= 1")
+        shape, expected = tuple(features.shape), tuple(self.centre.shape)
+        if len(shape) != 3 or shape[0] < 1 or shape[1:] != expected or not features.is_floating_point():
+            raise ValueError(f"features are {features.dtype} {shape}; expected floats, (n, {expected[0]}, {expected[1]})")
         bad = (~features.isfinite()).any(0).any(-1).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"features of unit {', '.join(map(str, bad))} hold NaN or Inf; DyGA needs finite features "
-                             "(has the training diverged?)")
-        return features.shape[0], N, D
+            raise ValueError(f"features of unit {', '.join(map(str, bad))} hold NaN or Inf; has the training diverged?")
 
     def _measure(self, x):
-        """Centre and scale of each unit, without its farthest 0.1% of samples (one at least), so that outliers set neither."""
+        """Centre and scale of each unit, without the farthest 0.1% of samples (one at least): outliers set neither."""
         N, n, D = x.shape
-        distance = (x.double() - x.median(1, keepdim=True).values.double()).square().sum(-1)        # (N, n)
+        distance = (x.double() - x.median(1, keepdim=True).values.double()).square().sum(-1)  # (N, n)
         dropped = 1 + n // 1000 if n >= 10 else 0
-        kept = distance.topk(n - dropped, dim=1, largest=False).indices                             # (N, kept)
-        kept = x.gather(1, kept[..., None].expand(-1, -1, D)).double()                              # (N, kept, D)
-        centre = kept.mean(1)                                                                       # (N, D)
-        scale = (kept - centre[:, None]).square().mean((1, 2)).sqrt()                               # (N,)
-        # Below a millionth of its own size, what a unit does is float32 rounding: it carries nothing, and is never moved.
+        kept = distance.topk(n - dropped, dim=1, largest=False).indices  # (N, kept)
+        kept = x.gather(1, kept[..., None].expand(-1, -1, D)).double()  # (N, kept, D)
+        centre = kept.mean(1)  # (N, D)
+        scale = (kept - centre[:, None]).square().mean((1, 2)).sqrt()  # (N,)
+        # What varies by a millionth of its size is rounding: such a unit carries nothing, and is never moved.
         self.live.copy_(scale > 1e-6 * centre.square().mean(1).sqrt())
         self.scale.copy_(torch.where(self.live, scale, 1))
         self.centre.copy_(centre)
 
     def _normalise(self, x):
-        """(N, n, D) in the units' own space to normalised units."""
-        return ((x - self.centre[:, None].to(x.dtype)) / self.scale[:, None, None].to(x.dtype)).clamp(-LIMIT, LIMIT)
+        """(N, n, D) from the units' own space to normalised units."""
+        return ((x - self.centre[:, None]) / self.scale[:, None, None]).clamp(-LIMIT, LIMIT)
 
     def _run(self, step, x, m):
-        """One EM run on everything, noted in the report."""
+        """One EM run on all samples, noted in the report."""
         m, history, converged = em(x, m, self.max_iter, self.tol)
         self.report["anchors"][step] = m.mask.sum(1).tolist()
         self.report["log_likelihood"][step] = history.cpu()
@@ -329,161 +344,215 @@ class DyGA(nn.Module):
         return m
 
     def _clusters(self, x, m):
-        """The paper's clusters: owner (N, n) int64, the component with responsibility > 0.5, or -1; their sizes (N, K) and
-        spreads (N, K), equation 5. (The paper calls it density; it is the mean distance to the cluster's own centre.)"""
-        K, terms = m.mask.shape[1], cost_terms(m)
-        top = [(-0.5 * cost(x[:, s], terms)).softmax(-1).max(-1) for s in chunks(x, K)]
-        owner = torch.cat([torch.where(t.values > 0.5, t.indices, -1) for t in top], 1)             # (N, n)
-        # Sums as products with a one-hot matrix: unlike scatter_add they come out the same each time on a GPU, too.
-        hot = (owner[..., None] == torch.arange(K, device=x.device)).to(x.dtype)                    # (N, n, K)
-        size = hot.sum(1)                                                                           # (N, K)
-        centre = hot.mT @ x / size.clamp(min=1)[..., None]                                          # (N, K, D)
-        own_centre = centre.gather(1, owner.clamp(min=0)[..., None].expand_as(x))                   # (N, n, D)
-        distance = torch.linalg.vector_norm(x - own_centre, dim=-1, keepdim=True)                   # (N, n, 1)
-        return owner, size, (hot.mT @ distance)[..., 0] / size.clamp(min=1)
+        """The paper's clusters: owner (N, n) int64, the component with responsibility > 0.5 or else -1; the clusters'
+        sizes (N, K) and spreads (N, K). Equation 5 calls spread density; it is the mean distance to the centre."""
+        K = m.mask.shape[1]
+        best = [(-0.5 * cost(x[:, s], m)).softmax(1).max(1) for s in chunks(x, K)]
+        owner = torch.cat([torch.where(b.values > 0.5, b.indices, -1) for b in best], 1)  # (N, n)
+        hot = (owner[:, None] == torch.arange(K, device=x.device)[:, None]).to(x.dtype)  # (N, K, n)
+        size = hot.sum(2)  # (N, K)
+        centre = hot @ x / size.clamp(min=1)[..., None]  # (N, K, D)
+        own = centre.gather(1, owner.clamp(min=0)[..., None].expand_as(x))  # (N, n, D)
+        distance = torch.linalg.vector_norm(x - own, dim=-1, keepdim=True)  # (N, n, 1)
+        return owner, size.long(), (hot @ distance)[..., 0] / size.clamp(min=1)
 
     def _split(self, x, m, generator):
-        """Rounds of splits. One round is ONE EM for all splits of all units: each sample belongs to at most one cluster,
-        so it has two candidates, the halves of its own cluster. Returns a mixture of up to k_max components."""
-        N, n, D = x.shape
-        closed = torch.zeros(N, self.k_max, dtype=torch.bool, device=x.device)      # tried and not worth it
-        for round in range(self.k_max):
-            # A round can at most double the components: so many slots, and no more, cost time.
-            before = m.mask.shape[1]
-            K = min(self.k_max, max(before, 2 * int(m.mask.sum(1).max())))
-            slots = torch.arange(K, device=x.device).expand(N, K)
-            m = select(m, slots.clamp(max=before - 1))
-            m = m._replace(mask=m.mask & (slots < before))
-
+        """Rounds of splits, until no cluster is to be split or k_max is reached. Returns a mixture of k_max slots."""
+        m, N, K = front(m), len(x), self.k_max
+        used = m.mask.shape[1]
+        m = Mixture(*(t[:, torch.arange(K, device=x.device).clamp(max=used - 1)] for t in m))
+        m.mask[:, used:] = False
+        closed = torch.zeros_like(m.mask)  # tried, and not worth it
+        for turn in range(K):
             owner, size, spread = self._clusters(x, m)
-            wanted = m.mask if self.accept == "bic" else spread > self.spread
-            if self.accept == "always" and round == 0:
-                # Once, not every round, or every unit would end at k_max.
-                # Paper: "the split is also performed arbitrarily"; probability and moment are not said.
+            wanted = spread > self.spread if self.accept == "always" else m.mask
+            if self.accept == "always" and turn == 0:
+                # Paper: "the split is also performed arbitrarily", without odds or moment. Here: once. In every round,
+                # it would bring every unit to k_max.
                 coin = torch.rand(N, K, generator=generator, device=generator.device).to(x.device)
                 wanted = wanted | (coin < self.split_odds)
-            wanted = wanted & m.mask & ~closed[:, :K] & (size >= 2) & self.live[:, None]
-            # Each split takes a slot; if k_max leaves too few, the widest clusters go first.
-            rank = torch.where(wanted, spread, -1).argsort(dim=1, descending=True, stable=True).argsort(1)      # (N, K)
-            wanted = wanted & (rank < K - m.mask.sum(1, keepdim=True))
-            if not wanted.any():
+            wanted = wanted & m.mask & ~closed & (size > 1) & self.live[:, None]
+            # Every split takes a free slot. If there are too few, the widest clusters go first.
+            rank = torch.where(wanted, spread, -1).argsort(dim=1, descending=True, stable=True).argsort(1)  # (N, K)
+            wanted = wanted & (rank < (~m.mask).sum(1, keepdim=True))
+            unit, k = wanted.nonzero(as_tuple=True)  # (S,) the clusters to split
+            if len(unit) == 0:
                 break
-
-            # The i-th widest wanted cluster keeps its slot for one half and gives the i-th free slot to the other.
-            free = m.mask.to(torch.int8).argsort(dim=1, stable=True)                                # (N, K), free first
-            twin = torch.where(wanted, free.gather(1, rank), slots)                                 # (N, K) parent -> slot
-            # The inverse. A component without a twin writes into an extra slot K, which is cut off.
-            parent = torch.cat([slots, slots[:, :1]], 1)
-            parent = parent.scatter(1, torch.where(wanted, twin, K), slots)[:, :K]                  # (N, K) slot -> parent
-            half = wanted.gather(1, parent)                                                         # (N, K) is a half
-            owner = torch.where(wanted.gather(1, owner.clamp(min=0)), owner, -1)                    # (N, n)
-            halves = self._halve(x, m, owner, twin)
-            halves, _, _ = em(x, halves, self.max_iter, self.tol, owner=owner, parent=parent)
-            # The two share the weight of their parent.
-            weight = halves.log_pi.exp() * halves.mask                                              # (N, K)
-            both = weight + weight.gather(1, twin)                                                  # (N, K) of a parent
-            share = (weight / both.gather(1, parent).clamp(min=1e-30)).clamp(min=1e-30).log()
-            halves = halves._replace(log_pi=m.log_pi.gather(1, parent) + share)
-
-            accepted = wanted & halves.mask & halves.mask.gather(1, twin)                           # (N, K) parents
-            if self.accept == "bic":
-                accepted = accepted & (self._bic_gain(x, m, halves, owner, parent, twin) > 0)
-            closed[:, :K] |= wanted & ~accepted
-            m = where(half & accepted.gather(1, parent), halves, m)
+            order = size[unit, k].argsort(descending=True, stable=True)  # like sizes side by side: little padding
+            unit, k = unit[order], k[order]
+            halves, accepted = self._halve(x, owner, size, unit, k)
+            closed[unit, k] = ~accepted
+            unit, k, halves = unit[accepted], k[accepted], Mixture(*(t[accepted] for t in halves))
+            halves.log_pi.add_(m.log_pi[unit, k, None])  # the halves share the cluster's weight
+            # One half keeps the cluster's slot, the other takes a free one: free slots are always the last ones.
+            split = torch.zeros_like(m.mask).index_put_((unit, k), torch.tensor(True, device=x.device))
+            free = (m.mask.sum(1, keepdim=True) + split.cumsum(1) - 1)[unit, k]  # (S,)
+            for whole, part in zip(m, halves):
+                whole[unit, k], whole[unit, free] = part[:, 0], part[:, 1]
         self.report["anchors"]["split"] = m.mask.sum(1).tolist()
         return m
 
-    def _halve(self, x, m, owner, twin):
-        """Cut each cluster at its mean, across its widest direction: the start of its split."""
-        label = []
-        offset = (m.mu * m.q[..., 0]).sum(-1)[:, None, :]                                           # (N, 1, K)
-        for s in chunks(x, m.mask.shape[1]):
-            own = owner[:, s].clamp(min=0)                                                          # (N, n)
-            along = x[:, s] @ m.q[..., 0].mT - offset                                               # (N, n, K)
-            above = along.gather(2, own[..., None])[..., 0] > 0                                     # (N, n)
-            label.append(torch.where(owner[:, s] < 0, -1, torch.where(above, twin.gather(1, own), own)))
-        return hard_m_step(x, torch.cat(label, 1), m.mask.shape[1], self.d_max)
+    def _halve(self, x, owner, size, unit, k):
+        """Split cluster k[i] of unit[i] (S,), largest first. Returns a Mixture (S, 2, ...), and accepted (S,) bool.
 
-    def _bic_gain(self, x, m, halves, owner, parent, twin):
-        """By how much each split lowers the unit's BIC, (N, K), parents' slots. A split changes the density of its own
-        cluster's samples; that of others, where its components weigh little, is taken as unchanged."""
+        A sample belongs to one cluster at most, so all splits of a round are ONE EM: S mixtures of two components, each
+        on its own cluster's samples, padded to the longest. (In parts that take no more memory than x.)
+        """
         N, n, D = x.shape
-        slots = torch.arange(m.mask.shape[1], device=x.device)
-        _, before = e_step(x, m, owner, slots.expand(N, -1))                                        # (N, n)
-        _, after = e_step(x, halves, owner, parent)
-        hot = (owner[..., None] == slots).double()                                                  # (N, n, K)
-        gain = (hot.mT @ (after - before).double()[..., None])[..., 0]                              # (N, K)
-
-        def parameters(d):      # weight, mean, a, b, and the orthonormal directions
-            return 1 + D + d + 1 + d * (D - (d + 1) / 2)
-        added = parameters(halves.d) + parameters(halves.d).gather(1, twin) - parameters(m.d)
-        return 2 * gain - added * math.log(n)
+        by_owner = owner.argsort(dim=1, stable=True)  # (N, n): samples of no cluster, of cluster 0, of cluster 1, ...
+        first = n - size.sum(1, keepdim=True) + size.cumsum(1) - size  # (N, K): where a cluster begins
+        halves, accepted = [], []
+        while len(unit):
+            length = size[unit[0], k[0]]
+            part = N * n // int(length)
+            u, j, unit, k = unit[:part, None], k[:part, None], unit[part:], k[part:]
+            rows = torch.arange(length, device=x.device)
+            weight = (rows < size[u, j]).to(x.dtype)  # (S, length)
+            xs = x[u, by_owner[u, (first[u, j] + rows).clamp(max=n - 1)]]  # (S, length, D)
+            # Start: cut at the mean, across the widest direction.
+            one = hard_m_step(xs, torch.zeros_like(weight), 1, self.d_max, weight)
+            above = ((xs - one.mu) @ one.q[:, 0, :, :1])[..., 0] > 0  # (S, length)
+            two, _, _ = em(xs, hard_m_step(xs, above, 2, self.d_max, weight), self.max_iter, self.tol, weight=weight)
+            keep = two.mask.all(1)
+            if self.accept == "bic":
+                # Free numbers of a component: weight, mean, b, the a_j, d orthonormal directions. The unit's BIC gains
+                # this much as far as other clusters' densities vanish on these samples.
+                one_free, two_free = ((2 + D + m.d + m.d * (D - (m.d + 1) / 2)).sum(1) for m in (one, two))
+                gain = 2 * (e_step(xs, two, weight)[1] - e_step(xs, one, weight)[1])  # (S,)
+                keep = keep & (gain > (two_free - one_free) * math.log(n))
+            halves.append(two)
+            accepted.append(keep)
+        return Mixture(*map(torch.cat, zip(*halves))), torch.cat(accepted)
 
     def _filter(self, x, m):
-        """Drop clusters of too few samples (outliers); the largest always stays. Present components move to the front."""
-        _, size, _ = self._clusters(x, m)
-        size = torch.where(m.mask, size, -1)
+        """Drop clusters of too few samples, which are outliers; the largest always stays."""
+        size = torch.where(m.mask, self._clusters(x, m)[1], -1)
         keep = size >= max(self.min_samples, self.min_fraction * x.shape[1])
-        keep = keep | torch.zeros_like(keep).scatter(1, size.argmax(1, keepdim=True), True)
-        order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, :int(keep.sum(1).max())]          # (N, K')
-        m = select(m._replace(mask=keep), order)
+        m = front(m._replace(mask=keep.scatter(1, size.argmax(1, keepdim=True), True)))
         self.report["anchors"]["filter"] = m.mask.sum(1).tolist()
         return m
 
     def _store(self, m):
-        """Write the mixture into the buffers, anchors in the units' own space."""
+        """Write the mixture into the buffers, its means in the units' own space."""
         K = m.mask.shape[1]
         self.mask.zero_()
         for name in ("mask", "log_pi", "q", "a", "b", "d"):
-            getattr(self, name)[:, :K] = getattr(m, name).to(getattr(self, name).dtype)
-        anchors = self.centre[:, None] + self.scale[:, None, None] * m.mu
+            getattr(self, name)[:, :K] = getattr(m, name)
         self.anchors.zero_()
-        self.anchors[:, :K] = anchors * m.mask[..., None]
+        self.anchors[:, :K] = (self.centre[:, None] + self.scale[:, None, None] * m.mu) * m.mask[..., None]
 
     # -- feature alignment (section 3.2.2, Algorithm 3) --
 
-    def _cost(self, c):
-        """(B, N, D) to the cost of each anchor, (N, B, K)."""
-        mu = (self.anchors - self.centre[:, None]) / self.scale[:, None, None]
+    def _energy(self, c):
+        """c (B, N, D) -> log responsibilities up to a constant per sample and unit, (B, N, K)."""
+        mu = (self.anchors - self.centre[:, None]) / self.scale[:, None, None]  # (N, K, D)
         m = Mixture(self.mask, self.log_pi, mu, self.q, self.a, self.b, self.d)
-        return cost(self._normalise(c.transpose(0, 1)), cost_terms(m))
+        return -0.5 * cost(self._normalise(c.transpose(0, 1)), m).permute(2, 0, 1)
 
     @torch.no_grad()
     def responsibilities(self, c):
-        """Equation 4. c: (B, N, D). Returns (B, N, K) float32; 0 for absent components, a fitted unit's rows sum to 1."""
+        """Equation 4. c: (B, N, D) -> (B, N, K) float32; absent components get 0, a fitted unit's rows sum to 1."""
         with torch.autocast(c.device.type, enabled=False):
-            r = (-0.5 * self._cost(c.float())).softmax(-1) * self.mask[:, None]                     # (N, B, K)
-        return r.transpose(0, 1)
+            return self._energy(c.float()).softmax(-1) * self.mask
 
     def align(self, c, gumbel=None, return_delta=False):
-        """Equation 6: c + delta (mu_k - c), mu_k the anchor of highest responsibility. c: (B, N, D); same shape and type back.
+        """Equation 6: c + delta (mu_k - c), k the anchor of highest responsibility. c: (B, N, D), any float type.
 
-        gumbel: a torch.Generator on c's device: draw the anchor with its responsibility as probability instead.
-        return_delta: also return delta (B, N), between 0 and lambda; log its mean, near 0 means that anchors do nothing.
+        gumbel: a torch.Generator on c's device; the anchor is then drawn with its responsibility as probability.
+        return_delta: also return delta (B, N), from 0 to lambda. Log its mean: near 0, the anchors do nothing.
         Units that do not vary, and all units before the first fit, come back unchanged.
         """
         with torch.autocast(c.device.type, enabled=False):
-            x = c.to(torch.promote_types(c.dtype, torch.float32))
+            x = c.float()
             with torch.no_grad():
-                # Paper: Gumbel noise on r, then softmax(r / 1e-4). Noise of size 1 on r in [0, 1] picks the right one of K
-                # anchors with chance e / (e + K - 1) even when r is 1 for it, while the text wants the highest responsibility.
-                # So: argmax, and noise only on log r, as an option. At 1e-4 the softmax is one-hot and its gradient 0, hence
-                # the choice is a constant here too; gradients reach c through c and delta.
-                score = -0.5 * self._cost(x.float())                                                     # (N, B, K)
+                # Paper: Gumbel noise on r, then softmax(r / 1e-4). As r is in [0, 1], noise of size 1 finds the right
+                # of K anchors with chance e / (e + K - 1) only, even where r is 1; but the text wants the highest r.
+                # Here: argmax, and noise on log r as an option. A softmax at 1e-4 is a step, with gradient 0, so k is
+                # a constant here: gradients pass straight through the choice, by way of c itself and of delta.
+                score = self._energy(x)  # (B, N, K)
                 if gumbel is not None:
                     u = torch.rand(score.shape, generator=gumbel, device=score.device)
                     score = score - (-u.clamp(min=1e-20).log()).log()
-                k = score.argmax(-1)                                                                # (N, B)
-                mu = self.anchors.gather(1, k[..., None].expand(-1, -1, x.shape[-1])).transpose(0, 1)   # (B, N, D)
-            # Paper: divides by c_j. Where c_j = 0 (common after a ReLU) that makes delta 0, whatever the other coordinates
-            # say; a tenth of the unit's scale as least denominator keeps the formula alive.
-            size = torch.maximum(x.abs(), 0.1 * self.scale[:, None])                                # (B, N, D)
-            delta = self.lam * (-((x - mu).abs() / size).mean(-1)).exp() * self.live                # (B, N)
-            out = (x + delta[..., None] * (mu - x)).to(c.dtype)                                     # (B, N, D)
+                k = score.argmax(-1)  # (B, N)
+                mu = self.anchors[torch.arange(k.shape[1], device=k.device), k]  # (B, N, D)
+            # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever the others say.
+            # Here a tenth of the unit's scale is the least denominator.
+            size = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
+            delta = self.lam * (-((x - mu).abs() / size).mean(-1)).exp() * self.live  # (B, N)
+            out = (x + delta[..., None] * (mu - x)).to(c.dtype)
         return (out, delta) if return_delta else out
 
     def delta(self, c):
-        """delta of equation 6, per sample and unit. c: (B, N, D). Returns (B, N), between 0 and lambda."""
+        """delta of equation 6 per sample and unit. c: (B, N, D) -> (B, N), from 0 to lambda."""
         return self.align(c, return_delta=True)[1]
 
     forward = align
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python dyga.py
+
+
+def toy_units(levels, n, generator, dim=32, noise=0.05):
+    """Units like the extractor's: a scalar of so many equally likely values, through a random MLP, plus noise.
+
+    levels: N counts; 0 is a continuous scalar. Returns units (n, N, dim) and the level of each sample, (n, N) int64.
+    """
+    N, count = len(levels), torch.tensor(levels)
+    u = torch.rand(n, N, generator=generator)
+    level = (u * count).long()
+    h = (torch.where(count > 0, (level + 0.5) / count, u) * 4 - 2).T[..., None]  # (N, n, 1)
+    for d_in, d_out in ((1, 64), (64, 64), (64, dim)):
+        w = torch.randn(N, d_in, d_out, generator=generator) * (2 / d_in) ** 0.5
+        h = torch.relu(h @ w + torch.randn(N, 1, d_out, generator=generator))  # (N, n, d_out)
+    size = h.var(1).mean(-1).sqrt().clamp(min=0.1)  # (N,) what DyGA calls the scale
+    h = h + noise * size[:, None, None] * torch.randn(h.shape, generator=generator)
+    return h.transpose(0, 1), level
+
+
+def main():
+    """Fit toy units by both rules, print what was found, and draw one unit before and after alignment."""
+    from PIL import Image, ImageDraw
+
+    levels, shown, lam = [1, 1, 2, 3, 5, 8, 12, 0], 4, 0.5
+    c, level = toy_units(levels, 4_000, torch.Generator().manual_seed(1), noise=0.1)
+    c[:, 0] = c[0, 0]
+    names = ["constant", *(f"{k} level{'s' * (k > 1)}" for k in levels[1:-1]), "continuous"]
+    paper, bic = DyGA(len(levels), lam=lam).fit(c), DyGA(len(levels), k_init=1, accept="bic", lam=lam).fit(c)
+    print("anchors found (purity: share of samples that have their anchor's commonest level)")
+    print(f"{'truth':12}{'paper: always':>20}{'k_init 1, bic':>20}")
+    for i, name in enumerate(names):
+        line = f"{name:12}"
+        for model in (paper, bic):
+            owner = model.responsibilities(c)[:, i].argmax(-1)  # (n,)
+            table = torch.stack([(level[owner == k, i]).bincount(minlength=max(levels)) for k in owner.unique()])
+            purity = f"({table.amax(1).sum() / len(c):.3f})" if levels[i] else "(-)"
+            line += f"{int(model.mask[i].sum()):>12} {purity:>7}"
+        print(line)
+
+    # The unit's two widest directions, once for both panels.
+    owner, (before, after) = bic.responsibilities(c)[:, shown].argmax(-1), (t[:, shown] for t in (c, bic.align(c)))
+    axes = torch.linalg.svd(before - before.mean(0), full_matrices=False).Vh[:2].T  # (D, 2)
+    dots = before @ axes  # (n, 2)
+    low, high = dots.amin(0), dots.amax(0)
+    colours = [f"hsl({360 * k // owner.max().add(1)}, 75%, 42%)" for k in range(int(owner.max()) + 1)]
+    image = Image.new("RGB", (840, 470), "white")
+    draw = ImageDraw.Draw(image)
+    found = int(bic.mask[shown].sum())
+    draw.text((20, 12), f"A unit of {levels[shown]} levels in 2-D; {found} anchors found (crosses), samples coloured by anchor", "black")
+    for left, title, points in ((20, "before alignment", before), (430, f"after, lambda = {lam}", after)):
+        draw.rectangle((left, 56, left + 390, 450), outline="grey")
+        draw.text((left, 38), title, "black")
+        place = lambda p: ((p @ axes - low) / (high - low) * 360 + torch.tensor([left + 15, 73])).tolist()
+        for (px, py), k in zip(place(points), owner.tolist()):
+            draw.ellipse((px - 1, py - 1, px + 1, py + 1), fill=colours[k])
+        for px, py in place(bic.anchors[shown][bic.mask[shown]]):
+            draw.line((px - 6, py, px + 6, py), "black", 2)
+            draw.line((px, py - 6, px, py + 6), "black", 2)
+    Path("out").mkdir(exist_ok=True)
+    image.save("out/dyga.png")
+    print("wrote out/dyga.png")
+
+
+if __name__ == "__main__":
+    main()

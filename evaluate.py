@@ -29,6 +29,7 @@ from pathlib import Path
 import joblib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import rankdata
 from sklearn.ensemble import GradientBoostingClassifier
@@ -43,6 +44,7 @@ from tqdm import tqdm
 import data
 import train
 from data import UserError
+from unet import ddim
 
 BATCH = 500     # images that go through the extractor at once
 
@@ -523,8 +525,9 @@ def heat(x):
 def figure_attention(model, ds, probe, idx, noise, steps):
     """Figures 4, 9 and 10: where in the image each factor's unit is looked up, averaged in DAAM's way. idx: (B,)."""
     c = aligned(model, ds, idx).to(noise.device)                            # (B, N, D)
-    made, maps = model.sample(c, noise=noise.expand(len(c), -1, -1, -1), steps=steps, return_attention=True)
-    made, maps = made.cpu(), maps.float().cpu()[:, list(probe.best.values())]       # (B, 3, H, W), (B, shown, H, W)
+    z, maps = ddim(model.unet, noise.expand(len(c), -1, -1, -1), c, model.alpha_bar, steps, attention=True)
+    made = model.vqgan.decode(z).cpu()                                      # (B, 3, H, W)
+    maps = F.interpolate(maps[:, list(probe.best.values())], size=made.shape[2:], mode="bilinear").cpu()
     # Maps of one image sum to 1 over units, so most are pale. Each gets the whole range of colours.
     low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)  # (B, shown, 1, 1)
     colours = torch.from_numpy(heat((maps - low) / (high - low).clamp(min=1e-12))).movedim(-1, 2)

@@ -8,7 +8,6 @@ Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that e
 and samples.png (rows: input, stage-1 reconstruction, DDIM sample from the image's own units).
 
 One step of stage 2, as data sees it:
-
     idx -> x0 (B,3,64,64) -> extractor -> c (B,N,D) -> dyga.align -> c~ (B,N,D) -------.
        `-> frozen stage-1 encoder -> z0 -> add noise eps at time t -> z_t -> unet(z_t, t, c~) = eps^ -> |eps^ - eps|
 """
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -37,14 +35,13 @@ from extractor import Extractor
 from unet import UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, Stage1, to_float
 
-FORMAT = 1                                      # version of the checkpoint's layout
-SAVE_MINUTES = 3                                # between two checkpoints and their pictures
-STAGE1_SHARE = 0.15                             # of the time that --minutes gives
-EXPECTED_MINUTES = {"laptop": 30, "tiny": 0.3}  # measured on 2 CPU cores
+FORMAT = 1           # version of the checkpoint's layout
+SAVE_MINUTES = 3     # between two checkpoints and their pictures
+STAGE1_SHARE = 0.15  # of the time that --minutes gives
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: default < preset < dataset < flag. The defaults are the paper's. Those of the networks stand beside their
-# code, as arguments of these classes, and become flags such as --unet.base; their help is the class's docstring.
+# ---- Settings: default < preset < dataset < flag ---------------------------------------------------------------------
+# The defaults are the paper's. Those of the networks stand beside their code, as arguments of these classes, and become
+# flags such as --unet.base; their help is the class's docstring.
 
 PARTS = {"vqgan": VQGAN, "stage1": Stage1, "extractor": Extractor, "dyga": DyGA, "unet": UNet}
 WIRED = {"unet.channels", "unet.context_dim", "dyga.dim", "extractor.image_size"}  # these follow from other settings
@@ -54,7 +51,6 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "stage1_batch": (64, "images per step of stage 1 (not in the paper)"),
     "images": (10_000_000, "images that stage 2 sees (not in the paper)"),
     "batch": (512, "images per step of stage 2"),
-    "noises": (1, "times and noises drawn for each image of a step"),
     "lr": (1e-4, "learning rate of stage 2"),
     "warmup": (0, "images over which the learning rate rises from 0"),
     "decay": (0.0, "last share of the course over which the learning rate falls to 0"),
@@ -70,7 +66,6 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "compile": (False, "torch.compile the U-Net and the extractor"),
 }
 CHOICES = {"loss": ["l1", "mse"], "t_sampling": ["uniform", "logit_normal"], "anchors": ["dyga", "none"]}
-
 PRESETS = {
     "paper": {},
     # For 2 CPU cores and about half an hour. The method is the paper's; the sizes are not.
@@ -84,22 +79,22 @@ PRESETS = {
         "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128], "extractor.unit_relu": False,
         # Widths 8 and 4 are both outside [1, 2], so by the released rule every skip is dropped out.
         "unet.base": 32, "unet.multipliers": [1, 2], "unet.res_blocks": 1, "unet.attention_at": [1, 2],
-        "unet.heads": 4, "unet.self_attention": False, "unet.dropout": 0.0,
-        # A squared error learns an object's shape and size earlier than L1 does.
-        "loss": "mse", "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3, "clip": 1.0,
+        "unet.heads": 4, "unet.groups": 4, "unet.self_attention": False, "unet.dropout": 0.0,
+        # A squared error learns an object's shape and size earlier than L1 does. Times from the middle of the schedule:
+        # after 250,000 images the units told 0.65 of the object hues apart, 0.12 with uniform times.
+        "loss": "mse", "t_sampling": "logit_normal", "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3,
         # An epoch is a part of the dataset, or the anchors would be fitted once.
-        "images": 420_000, "epoch_images": 40_000, "fit_images": 5_000, "ema_half_life": 20_000,
+        "clip": 1.0, "images": 420_000, "epoch_images": 40_000, "fit_images": 5_000, "ema_half_life": 20_000,
     },
     # For the tests: every part runs, nothing is learnt.
     "tiny": {
         "vqgan.patch": 4, "vqgan.channels": 16, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1,
         "vqgan.codebook_size": 64, "stage1.disc_width": 8, "stage1.lr": 2e-3, "stage1.restart_images": 160,
-        "stage1_batch": 16, "stage1_images": 640,
-        "extractor.n_units": 6, "extractor.shrink": 4, "extractor.channels": [8, 16, 16],
-        "extractor.hidden": [32, 32], "extractor.unit_hidden": [16, 16],
+        "stage1_batch": 16, "stage1_images": 640, "extractor.n_units": 6, "extractor.shrink": 4,
+        "extractor.channels": [8, 16, 16], "extractor.hidden": [32, 32], "extractor.unit_hidden": [16, 16],
         "unet.base": 16, "unet.multipliers": [1, 2], "unet.res_blocks": 1, "unet.attention_at": [1, 2],
-        "unet.heads": 2, "lr": 1e-3, "batch": 32, "warmup": 320, "images": 1_280, "ema_half_life": 1_000,
-        "epoch_images": 640, "fit_images": 320, "ddim_steps": 10,
+        "unet.heads": 2, "unet.groups": 4, "lr": 1e-3, "batch": 32, "warmup": 320, "images": 1_280,
+        "ema_half_life": 1_000, "epoch_images": 640, "fit_images": 320, "ddim_steps": 10,
     },
 }
 # Section C.1: anchors are fitted every 5 epochs on the small Cars3D, every epoch elsewhere; CelebA's batch is smaller.
@@ -109,54 +104,49 @@ PER_DATASET = {"cars3d": dict(fit_every=5), "celeba": dict(batch=64)}
 def all_settings():
     """Every setting: name -> (default, help). The networks' come from the signatures and docstrings of PARTS."""
     found = dict(TRAINING)
-    for part, cls in PARTS.items():
+    for prefix, cls in PARTS.items():
         for name, parameter in inspect.signature(cls).parameters.items():
-            if parameter.default is not parameter.empty and f"{part}.{name}" not in WIRED:
-                text = re.search(rf"^ +{name}: (.+?)(?=\n +\w+: |\n\n|\Z)", cls.__doc__, re.M | re.S)
-                default = parameter.default
-                found[f"{part}.{name}"] = (list(default) if isinstance(default, tuple) else default,
-                                           " ".join((text or ["", "?"])[1].split()).replace("%", "%%"))
+            if parameter.default is not parameter.empty and f"{prefix}.{name}" not in WIRED:
+                text = re.search(rf"^ +{name}: (.+?)(?=\n +\w+: |\n\n|\Z)", cls.__doc__, re.M | re.S)[1]
+                found[f"{prefix}.{name}"] = parameter.default, " ".join(text.split()).replace("%", "%%")
     return found
 
 
 def build_parser():
     """Every flag with its help. A setting is None until given, so that `settings` can tell flags from presets."""
-    p = data.Parser(description="Train disentangled latent units with a diffusion model. Values in brackets are the "
-                    "paper's; a preset changes some of them (see PRESETS), and a flag beats the preset.",
-                    formatter_class=argparse.HelpFormatter)
+    p = data.Parser(formatter_class=argparse.HelpFormatter, description="Train disentangled latent units with a "
+                    "diffusion model. Values in brackets are the paper's; a preset changes some, a flag beats both.")
     p.add_argument("--dataset", required=True, choices=list(data.DATASETS))
     p.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: paper on CUDA, laptop on a CPU")
     p.add_argument("--out", help="folder for everything written (default out/DATASET-PRESET)")
     p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
-    p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"],
-                   help="shapes3d: the official file, or the twin rendered here; auto takes the file if it is there")
+    p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if there")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     p.add_argument("--seed", type=int, default=0, help="same seed, same CPU, same numbers")
     p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out, with the settings it holds")
-    p.add_argument("--minutes", type=float,
-                   help="fit the whole course into this many minutes; such a run is not reproducible to the bit")
+    p.add_argument("--minutes", type=float, help="fit the course into this time; not reproducible to the bit then")
     p.add_argument("--stage1_only", action="store_true", help="stop after stage 1")
     p.add_argument("--stage1_from", metavar="CKPT", help="take stage 1 from this checkpoint of the same data")
     for name, (default, text) in all_settings().items():
-        kind = dict(type=type(default), choices=CHOICES.get(name))
         if isinstance(default, bool):  # --compile and --no-compile
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, list):  # --unet.multipliers 1 2 4 4
+        elif isinstance(default, tuple):  # --unet.multipliers 1 2 4 4
             kind = dict(type=int, nargs="+")
+        else:
+            kind = dict(type=type(default), choices=CHOICES.get(name))
         p.add_argument(f"--{name}", **kind, help=f"{text} [{default}]")
     return p
 
 
 def settings(args):
     """Flags over dataset over preset over defaults: the run's whole configuration as one plain dict."""
-    preset = args.preset
-    if preset == "auto":
-        preset = "paper" if args.device.type == "cuda" else "laptop"
-    defaults = {name: default for name, (default, _) in all_settings().items()}
-    per_dataset = PER_DATASET.get(args.dataset, {}) if preset == "paper" else {}
-    flags = {name: value for name, value in vars(args).items() if name in defaults and value is not None}
-    chosen = {"preset": preset, "seed": args.seed, "minutes": args.minutes}
-    return defaults | PRESETS[preset] | per_dataset | flags | chosen
+    auto = "paper" if args.device.type == "cuda" else "laptop"
+    preset = auto if args.preset == "auto" else args.preset
+    cfg = {name: default for name, (default, _) in all_settings().items()} | PRESETS[preset]
+    if preset == "paper":
+        cfg |= PER_DATASET.get(args.dataset, {})
+    cfg |= {name: value for name, value in vars(args).items() if name in cfg and value is not None}
+    return cfg | {"preset": preset, "seed": args.seed, "minutes": args.minutes}
 
 
 def part(values, name):
@@ -164,8 +154,7 @@ def part(values, name):
     return {key.removeprefix(name + "."): value for key, value in values.items() if key.startswith(name + ".")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model: all four networks, and how they call each other
+# ---- The model: all four networks, and how they call each other -----------------------------------------------------
 
 
 class Model(nn.Module):
@@ -176,9 +165,8 @@ class Model(nn.Module):
         self.cfg = cfg
         self.vqgan = VQGAN(**part(cfg, "vqgan"))
         self.extractor = Extractor(**part(cfg, "extractor"))
-        n_units, unit_dim = cfg["extractor.n_units"], cfg["extractor.unit_dim"]
-        self.dyga = DyGA(n_units, unit_dim, **part(cfg, "dyga"))
-        self.unet = UNet(channels=cfg["vqgan.z_channels"], context_dim=unit_dim, **part(cfg, "unet"))
+        self.dyga = DyGA(cfg["extractor.n_units"], cfg["extractor.unit_dim"], **part(cfg, "dyga"))
+        self.unet = UNet(channels=cfg["vqgan.z_channels"], context_dim=cfg["extractor.unit_dim"], **part(cfg, "unet"))
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)
 
     def loss(self, images, z0):
@@ -188,9 +176,6 @@ class Model(nn.Module):
         """
         c = self.extractor(to_float(images))  # (B, N, D)
         c, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N); before the first fit c comes back as is
-        # Several noises per image (M) share the extractor's work and make its gradient less noisy.
-        M = self.cfg["noises"]
-        c, z0 = c.repeat_interleave(M, 0), z0.repeat_interleave(M, 0)  # (B*M, N, D), (B*M, z, h, w)
         loss = diffusion_loss(self.unet, z0, c, self.alpha_bar, self.cfg["loss"], self.cfg["t_sampling"])
         return loss, delta.detach().mean()
 
@@ -201,76 +186,65 @@ class Model(nn.Module):
 
     def noise(self, count, generator):
         """Starting noise (count, z, h, w) for `sample`, from a CPU generator, so that every device starts alike."""
-        side = 64 // self.vqgan.factor
-        return torch.randn(count, self.vqgan.z_channels, side, side, generator=generator).to(self.alpha_bar.device)
+        shape = count, self.vqgan.z_channels, 64 // self.vqgan.factor, 64 // self.vqgan.factor
+        return torch.randn(shape, generator=generator).to(self.alpha_bar.device)
 
     @torch.no_grad()
-    def sample(self, c, noise, steps=None, return_attention=False):
-        """DDIM images under aligned units c (B, N, D) from `noise` -> uint8 (B, 3, 64, 64).
-
-        With return_attention: (images, maps (B, N, 64, 64)), see `unet.ddim`.
-        """
-        found = ddim(self.unet, noise, c, self.alpha_bar, steps or self.cfg["ddim_steps"], return_attention)
-        if not return_attention:
-            return self.vqgan.decode(found)
-        z, maps = found
-        return self.vqgan.decode(z), F.interpolate(maps, size=(64, 64), mode="bilinear")  # (B, N, 64, 64)
+    def sample(self, c, noise, steps=None):
+        """DDIM images under aligned units c (B, N, D) from `noise` -> uint8 (B, 3, 64, 64)."""
+        return self.vqgan.decode(ddim(self.unet, noise, c, self.alpha_bar, steps or self.cfg["ddim_steps"]))
 
 
 def read_checkpoint(path):
     """Read a checkpoint of this code safely (tensors and plain values only) -> dict. UserError for anything else."""
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint of train.py, such as out/shapes3d-laptop/ckpt.pt")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes can fail in any way, and nothing of ours runs inside this try
         raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, cut short, or of "
                         "another program); expected a ckpt.pt of train.py") from error
-    found = ckpt.get("format") if isinstance(ckpt, dict) else f"of type {type(ckpt).__name__}"
-    if found != FORMAT:
-        raise UserError(f"{path}: checkpoint format {found}, expected {FORMAT}; train it again with this train.py")
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}, as expected; train it again with this train.py")
     return ckpt
 
 
 def load_checkpoint(path, device="cpu"):
     """Checkpoint file -> (model in eval mode with averaged weights and their anchors, the checkpoint's dict)."""
     ckpt = read_checkpoint(path)
-    if ckpt["stage"] != 2:
-        raise UserError(f"{path}: holds stage 1 only; finish the run with train.py --resume first")
-    model = Model(ckpt["config"])
     try:
+        if ckpt["stage"] == 1:
+            raise UserError(f"{path}: holds stage 1 only, expected both; finish the run with train.py --resume first")
+        model = Model(ckpt["config"])
         model.load_state_dict(ckpt["model"] | ckpt["average"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its own configuration; train it again") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not as this train.py expected it ({type(error).__name__}); train it again") from error
     return model.to(device).eval(), ckpt
 
 
 def plot_curve(path, series, title, xlabel, ylabel, size=(720, 420)):
-    """Write a line plot as PNG. series: name -> (xs, ys), two lists of numbers; both axes linear, from least to most."""
+    """Write a line plot as PNG. series: name -> (xs, ys), two lists of numbers; linear axes from least to most."""
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=13)
     draw, (right, bottom), left, top = ImageDraw.Draw(image), (size[0] - 16, size[1] - 46), 64, 34
-    x0, y0 = (min(v for s in series.values() for v in s[axis]) for axis in (0, 1))
-    x1, y1 = (max(v for s in series.values() for v in s[axis]) for axis in (0, 1))
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in (sum(map(list, axis), []) for axis in zip(*series.values())))
     for i in range(5):  # grid lines, and the numbers beside them
         x, y = left + (right - left) * i / 4, bottom + (top - bottom) * i / 4
         draw.line([(left, y), (right, y)], fill="#dddddd")
-        draw.text((left - 6, y), f"{y0 + (y1 - y0) * i / 4:.3g}", fill="black", font=font, anchor="rm")
-        draw.text((x, bottom + 6), f"{x0 + (x1 - x0) * i / 4:,.0f}", fill="black", font=font, anchor="mt")
-    for i, (name, points) in enumerate(series.items()):
+        draw.text((left - 6, y), f"{y0 + (y1 - y0) * i / 4:.3g}", "black", font, anchor="rm")
+        draw.text((x, bottom + 6), f"{x0 + (x1 - x0) * i / 4:,.0f}", "black", font, anchor="mt" if i < 4 else "rt")
+    for i, (name, (xs, ys)) in enumerate(series.items()):
         colour = ["#1f5fa8", "#c8501e", "#2d8a4b", "#7a3fa0"][i % 4]
-        draw.line([(left + (x - x0) / (x1 - x0 or 1) * (right - left), bottom + (y - y0) / (y1 - y0 or 1) * (top - bottom))
-                   for x, y in zip(*points)], fill=colour, width=2)
-        draw.text((right - 4, top + 16 * i), name, fill=colour, font=font, anchor="rt")
-    draw.text((size[0] / 2, 8), title, fill="black", font=font, anchor="mt")
-    draw.text((size[0] / 2, size[1] - 8), xlabel, fill="black", font=font, anchor="mb")
-    draw.text((4, top - 4), ylabel, fill="black", font=font, anchor="lb")
+        draw.line([(left + (x - x0) / (x1 - x0 or 1) * (right - left),
+                    bottom + (y - y0) / (y1 - y0 or 1) * (top - bottom)) for x, y in zip(xs, ys)], colour, width=2)
+        draw.text((right - 4, top + 16 * i), name, colour, font, anchor="rt")
+    draw.text((size[0] / 2, 8), title, "black", font, anchor="mt")
+    draw.text((size[0] / 2, size[1] - 8), xlabel, "black", font, anchor="mb")
+    draw.text((4, top - 4), ylabel, "black", font, anchor="lb")
     with data.replacing(path) as temporary:
         image.save(temporary)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -294,31 +268,30 @@ class Run:
                                      lr=cfg["lr"], fused=True)
         # Per stage: images in a step, in all, seen so far, and minutes spent.
         self.batch, self.total = {1: cfg["stage1_batch"], 2: cfg["batch"]}, {1: cfg["stage1_images"], 2: cfg["images"]}
-        self.seen, self.minutes = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}
-        self.stage, self.sums, self.stopped_by = 1, {}, None  # sums: of what the next row of the log averages
+        self.seen, self.minutes, self.stage, self.stopped_by = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}, 1, None
+        self.sums = {}  # of what the next row of the log averages
         if ckpt:
             self.take_over(ckpt)
         elif args.stage1_from:
             self.seen[1] = self.total[1]
         # A fixed random sample of images that the anchors are fitted to.
-        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(cfg["seed"]))
-        self.fit_idx = order[:cfg["fit_images"]]
+        draw = torch.Generator().manual_seed(cfg["seed"])
+        self.fit_idx = torch.randperm(len(self.data), generator=draw)[:cfg["fit_images"]]
 
     def save(self):
-        """Write everything that the rest of the run depends on, as one file that is always whole."""
+        """Write all that the rest of the run depends on, as one file that is always whole; then the pictures."""
         # The average shares the frozen stage 1 with the model: no need to write it twice.
         average = {k: v for k, v in self.average.state_dict().items() if not k.startswith("vqgan.")}
         state = {
             "format": FORMAT, "config": self.cfg, "stage": self.stage, "log_bytes": self.log_path.stat().st_size,
-            "dataset": {"name": self.data.name, "source": self.data.source},
-            "images_seen": self.seen[2], "stage1_images_seen": self.seen[1],
-            "minutes": self.minutes[1] + self.minutes[2], "stage1_minutes": self.minutes[1],
-            "model": self.model.state_dict(), "average": average, "sums": self.sums,
-            "training": (self.stage1 if self.stage == 1 else self.opt).state_dict(),
-            "rng": torch.get_rng_state(),
+            "dataset": {"name": self.data.name, "source": self.data.source}, "images_seen": self.seen[2],
+            "stage1_images_seen": self.seen[1], "minutes": sum(self.minutes.values()), "sums": self.sums,
+            "stage1_minutes": self.minutes[1], "model": self.model.state_dict(), "average": average,
+            "training": (self.stage1 if self.stage == 1 else self.opt).state_dict(), "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []}
         with data.replacing(self.ckpt_path) as temporary:
             torch.save(state, temporary)
+        self.pictures()
 
     def take_over(self, ckpt):
         """Stand where the run that wrote `ckpt` stood."""
@@ -338,9 +311,9 @@ class Run:
     def log(self, stage, images, **row):
         """Append a row to log.jsonl. UserError if its loss is not finite; the last checkpoint is then untouched."""
         if not all(math.isfinite(row.get(name, 0)) for name in ("loss", "l1")):
-            kept = f"the last good checkpoint is {self.ckpt_path}" if self.ckpt_path.exists() else "no checkpoint yet"
-            raise UserError(f"the loss of stage {stage} is not finite near image {images:,}; {kept}; "
-                            f"try a lower --{'stage1.lr' if stage == 1 else 'lr'}")
+            kept = f"last good checkpoint: {self.ckpt_path if self.ckpt_path.exists() else 'none yet'}"
+            flag = "stage1.lr" if stage == 1 else "lr"
+            raise UserError(f"the loss of stage {stage} is not finite at image {images:,}; {kept}; lower --{flag}")
         row = {"stage": stage, "images": images, "minutes": round(sum(self.minutes.values()), 3)} | row
         with open(self.log_path, "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -377,16 +350,16 @@ class Run:
         """Yield (indices, progress in [0, 1)) until the stage is over, and do all that goes by the clock: bar,
         minutes, checkpoints, pictures, signals. Progress counts images, or with --minutes the time."""
         budget, total = self.cfg["minutes"], self.total[stage]
-        if budget:
+        if budget:  # 4% stay free for the start and the last pictures
             share = STAGE1_SHARE if stage == 1 or self.minutes[1] else 0.0
-            budget *= share if stage == 1 else 0.96 - share  # the rest is for start, fits and the last pictures
+            budget *= share if stage == 1 else 0.96 - share
         self.bar = tqdm(total=None if budget else total, initial=self.seen[stage], unit=" images", smoothing=0.05,
                         desc=f"stage {stage}", dynamic_ncols=True)
         saved = clock = time.perf_counter()
         for idx in self.batches(stage):
             progress = self.minutes[stage] / budget if budget else self.seen[stage] / total
             if progress >= 1:
-                break
+                return self.bar.close()
             yield idx, progress
             self.seen[stage] += len(idx)
             now = time.perf_counter()
@@ -395,13 +368,10 @@ class Run:
             self.bar.update(len(idx))
             if self.stopped_by or now - saved > 60 * SAVE_MINUTES:
                 self.save()
-                self.pictures()
                 saved = time.perf_counter()
             if self.stopped_by:
-                self.bar.close()
-                print(f"stopped by {self.stopped_by}; go on with the same command and --resume", file=sys.stderr)
+                print(f"\nstopped by {self.stopped_by}; go on with the same command and --resume", file=sys.stderr)
                 sys.exit(130)
-        self.bar.close()
 
     def train_stage1(self):
         """Train the VQ-GAN, freeze it, and say how well it reconstructs."""
@@ -418,15 +388,13 @@ class Run:
         cfg, model, on_gpu = self.cfg, self.model, self.device.type == "cuda"
         model.vqgan.eval().requires_grad_(False)
         # On a GPU all latents are computed once and stay there. A CPU run sees most images once or twice: no gain.
-        latents = None
         if on_gpu:
             parts = tqdm(torch.arange(len(self.data)).split(500), desc="encoding all images")
             latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, z, h, w)
-        if cfg["compile"]:
-            model.unet.compile()
-            model.extractor.compile()
-        model.extractor.train()
-        model.unet.train()
+        for net in (model.extractor, model.unet):
+            net.train()
+            if cfg["compile"]:
+                net.compile()
         for idx, progress in self.course(2):
             seen = self.seen[2] + len(idx)
             warm = min(1.0, seen / max(cfg["warmup"], 1))
@@ -438,107 +406,93 @@ class Run:
                 loss, delta = model.loss(images, z0)
             self.opt.zero_grad(set_to_none=True)
             loss.backward()
-            if cfg["clip"]:
-                nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"])
+            nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"] or math.inf)
             self.opt.step()
             # Paper: LDM averages the U-Net alone. The extractor is what gets evaluated, so it is averaged too.
             ema_update(self.average.extractor, model.extractor, cfg["ema_half_life"], len(idx), seen)
             ema_update(self.average.unet, model.unet, cfg["ema_half_life"], len(idx), seen)
             self.tally(2, loss=loss.detach(), mean_delta=delta)
-            if cfg["anchors"] == "dyga" and self.crosses(2, (cfg["epoch_images"] or len(self.data)) * cfg["fit_every"]):
+            if self.crosses(2, (cfg["epoch_images"] or len(self.data)) * cfg["fit_every"]):
                 self.fit_anchors(model, seen)
-        if cfg["anchors"] == "dyga":
-            # The averaged weights have units of their own, which the training weights' anchors do not fit.
-            self.fit_anchors(self.average, self.seen[2])
+        # The averaged weights have units of their own, which the training weights' anchors do not fit.
+        self.fit_anchors(self.average, self.seen[2])
 
     def fit_anchors(self, model, seen):
         """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
+        if self.cfg["anchors"] == "none":
+            return  # a DyGA that was never fitted hands units on unchanged
         started, training = time.perf_counter(), model.extractor.training
         model.extractor.eval()  # BatchNorm's running statistics: a unit must not depend on the rest of its batch
         units = torch.cat([model.units(self.data.images(idx)) for idx in self.fit_idx.split(500)])  # (n, N, D)
         model.extractor.train(training)
         draw = torch.Generator().manual_seed(self.cfg["seed"] * 1_000_003 + seen)
         model.dyga.fit(units, generator=draw)
-        self.log(2, seen, anchors=model.dyga.mask.sum(1).tolist(), weights="average" if model is self.average else "raw",
-                 fit_mean_delta=model.dyga.delta(units).mean().item(), fit_s=round(time.perf_counter() - started, 1))
+        self.log(2, seen, of="average" if model is self.average else "training", fit_s=time.perf_counter() - started,
+                 anchors=model.dyga.mask.sum(1).tolist(), fit_mean_delta=model.dyga.delta(units).mean().item())
 
     def pictures(self):
         """Write samples.png and loss.png."""
-        images, model = self.data.images(self.fit_idx[:10]), self.average
-        modes = {part: part.training for part in self.model.children()}
-        rows, labels = [images, self.model.eval().vqgan.reconstruct(images)], ["input", "stage 1"]
+        images, model, labels = self.data.images(self.fit_idx[:10]), self.average, ["input", "stage 1", "sample"]
+        # The average's stage 1 is a copy from the start of stage 2; until then look at the one in training.
+        rows = [images, (model if self.stage == 2 else copy.deepcopy(self.model).eval()).vqgan.reconstruct(images)]
         if self.stage == 2:
             noise = model.noise(len(images), torch.Generator().manual_seed(0))
             rows.append(model.sample(model.dyga.align(model.units(images)), noise, min(50, self.cfg["ddim_steps"])))
-            labels.append("sample")
-        for part, training in modes.items():
-            part.train(training)
         title = f"{self.data.name} ({self.data.source}), {self.seen[2]:,} images seen in stage 2"
         with data.replacing(self.out / "samples.png") as temporary:
-            data.image_grid(torch.stack(rows), labels, title=title, scale=2).save(temporary)
+            data.image_grid(torch.stack(rows), labels[:len(rows)], title=title, scale=2).save(temporary)
         curve = [json.loads(line) for line in self.log_path.read_text().splitlines() if '"loss"' in line]
         if curve:
-            xs, ys = zip(*((row["images"], row["loss"]) for row in curve))
-            plot_curve(self.out / "loss.png", {f"{self.cfg['loss']} loss": (xs, ys)}, "Training loss (Figure 7)",
-                       "images seen in stage 2", "loss")
+            points = [row["images"] for row in curve], [row["loss"] for row in curve]
+            plot_curve(self.out / "loss.png", {"training": points}, "Loss (Figure 7)", "images", self.cfg["loss"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def pick_device(text):
     """--device -> torch.device. UserError if there is no such device here."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
+    text = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
     try:
         return torch.zeros(1, device=text).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {text}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
 
 
-def first_line(args, cfg, source_note):
-    """What was chosen, and why."""
-    why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
-    kind = "bfloat16" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
-    minutes = EXPECTED_MINUTES.get(cfg["preset"])
-    duration = f"about {minutes:g} minutes on 2 CPU cores" if minutes else "the bar says how long"
-    if cfg["minutes"]:
-        duration = f"{cfg['minutes']:g} minutes as asked (such a run is not reproducible to the bit)"
-    return f"preset {cfg['preset']} ({why}); device {args.device}, {kind}; images: {source_note}; {duration}"
-
-
 def main():
     """Parse, say what was chosen, run both stages, write everything."""
     args = build_parser().parse_args()
     args.device = pick_device(args.device)
-    cfg, ckpt = settings(args), None
+    cfg = settings(args)
     args.out = args.out or f"out/{args.dataset}-{cfg['preset']}"
     kept = Path(args.out) / "ckpt.pt"
-    if Path(args.out).exists() and not Path(args.out).is_dir():
+    if Path(args.out).is_file():
         raise UserError(f"--out {args.out}: a file is there; expected a folder, or nothing yet")
-    if args.resume:
-        ckpt = read_checkpoint(kept)
-        cfg = ckpt["config"]
-    elif kept.exists():
+    if kept.exists() and not args.resume:
         raise UserError(f"{args.out} holds a run already; add --resume to go on with it, or choose another --out")
+    ckpt = read_checkpoint(kept) if args.resume else None
+    cfg = ckpt["config"] if ckpt else cfg
     run = Run(args, cfg, ckpt)
     run.out.mkdir(parents=True, exist_ok=True)
     run.log_path.touch()
-    print(first_line(args, cfg, run.data.source_note), flush=True)
+    why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
+    kind = "bfloat16" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
+    duration = {"laptop": "about 30 minutes on 2 CPU cores", "tiny": "seconds"}.get(cfg["preset"], "see the bar")
+    if cfg["minutes"]:
+        duration = f"{cfg['minutes']:g} minutes as asked (such a run is not reproducible to the bit)"
+    print(f"preset {cfg['preset']} ({why}); device {args.device}, {kind}; images: {run.data.source_note}; {duration}")
 
     def stop(signum, frame):  # finish the step, save, leave; a second signal ends the process at once
         run.stopped_by = signal.Signals(signum).name
         signal.signal(signum, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     if run.stage == 1:
         run.train_stage1()
     if not args.stage1_only:
         run.train_stage2()
     run.save()
-    run.pictures()
     print(f"done in {sum(run.minutes.values()):.1f} minutes; wrote {run.ckpt_path}, samples.png, loss.png, log.jsonl")
 
 

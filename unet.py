@@ -51,11 +51,6 @@ def time_embedding(t, dim):
 # Building blocks, smallest first
 
 
-def group_norm(channels, eps=1e-5):
-    """GroupNorm with LDM's 32 groups, or as many as divide a narrower layer evenly (the small presets)."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
-
-
 def zero(module):
     """Start a layer at zero: its residual branch then adds nothing at first, which steadies early training."""
     for p in module.parameters():
@@ -83,13 +78,13 @@ class ResBlock(nn.Module):
     `resample` is None, "down" (average 2x2) or "up" (repeat 2x2), applied to both branches: LDM's `resblock_updown`.
     """
 
-    def __init__(self, c_in, c_out, time_dim, dropout, resample=None):
+    def __init__(self, c_in, c_out, time_dim, groups, dropout, resample=None):
         super().__init__()
         self.resample = resample
-        self.norm_in = group_norm(c_in)
+        self.norm_in = nn.GroupNorm(groups, c_in)
         self.conv_in = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * c_out)
-        self.norm_out = group_norm(c_out)
+        self.norm_out = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -143,9 +138,9 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     """Self-attention among positions, cross-attention to the latent units, then a GEGLU feed-forward; all residual."""
 
-    def __init__(self, dim, context_dim, heads, self_attention=True):
+    def __init__(self, dim, context_dim, groups, heads, self_attention=True):
         super().__init__()
-        self.norm = group_norm(dim, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
         self.proj_in = nn.Conv2d(dim, dim, 1)
         if self_attention:
             self.norm_self = nn.LayerNorm(dim)
@@ -196,6 +191,8 @@ class UNet(nn.Module):
         res_blocks: residual blocks per level on the way down; one more on the way up.
         attention_at: downsampling factors (1 = full latent size) whose blocks are followed by a Transformer.
         heads: attention heads.
+        groups: of every GroupNorm; LDM's 32. A network 32 channels wide needs fewer: with one channel in a group,
+            each channel loses its mean, and with it go the scene's colours.
         context_dim: D, the length of a latent unit.
         dropout: ordinary dropout inside the residual blocks.
         skip_dropout: probability 1 - p of section 3.3 that a channel of a skip connection is dropped (0.2).
@@ -208,7 +205,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2, attention_at=(1, 2, 4), heads=8,
-                 context_dim=32, dropout=0.1, skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
+                 groups=32, context_dim=32, dropout=0.1, skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
                  self_attention=True):
         super().__init__()
         if skip_dropout_where not in ("released", "text"):
@@ -220,10 +217,10 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
         def res(c_in, c_out, resample=None):
-            return ResBlock(c_in, c_out, time_dim, dropout, resample)
+            return ResBlock(c_in, c_out, time_dim, groups, dropout, resample)
 
         def transformer(width):
-            return Transformer(width, context_dim, heads, self_attention)
+            return Transformer(width, context_dim, groups, heads, self_attention)
 
         self.conv_in = nn.Conv2d(channels, base, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -253,7 +250,7 @@ class UNet(nn.Module):
                     blocks.append(res(width, width, "up"))
                     factor //= 2
                 self.up.append(Stage(blocks))
-        self.norm_out = group_norm(width)
+        self.norm_out = nn.GroupNorm(groups, width)
         self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
 
     def drops_skips(self, factor, feature_width):

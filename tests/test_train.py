@@ -56,7 +56,7 @@ def test_log_has_one_json_row_per_line_with_losses_and_anchors(finished):
     losses = [row["images"] for row in rows if "loss" in row]
     assert losses == sorted(set(losses)) and losses[-1] == 320
     fits = [row for row in rows if "anchors" in row]
-    assert [row["images"] for row in fits] == [128, 256, 320] and [row["weights"] for row in fits][-1] == "average"
+    assert [row["images"] for row in fits] == [128, 256, 320] and [row["of"] for row in fits][-1] == "average"
     assert all(len(row["anchors"]) == 6 for row in fits)
 
 
@@ -69,8 +69,7 @@ def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
     noise = model.noise(3, torch.Generator().manual_seed(0))
     sample = model.sample(model.dyga.align(c), noise)
     assert sample.shape == (3, 3, 64, 64) and sample.dtype == torch.uint8
-    again, maps = model.sample(model.dyga.align(c), noise, return_attention=True)
-    assert maps.shape == (3, 6, 64, 64) and (again.int() - sample.int()).abs().max() <= 1
+    assert torch.equal(sample, model.sample(model.dyga.align(c), noise))
     # The average has its own weights and anchors, not the training ones.
     assert not torch.equal(ckpt["average"]["unet.conv_in.weight"], ckpt["model"]["unet.conv_in.weight"])
     assert not torch.equal(ckpt["average"]["dyga.anchors"], ckpt["model"]["dyga.anchors"])
