@@ -51,8 +51,7 @@ def front(m):
     return Mixture(*(t[unit, order] for t in m))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# HDDC: expectation maximisation for all units and components at once (Bouveyron, Girard, Schmid 2007)
+# ---- HDDC: expectation maximisation, all units and components at once (Bouveyron, Girard, Schmid 2007) ----
 
 
 def cost(x, m):
@@ -78,14 +77,13 @@ class Moments:
     """Weighted sums of 1, x - about and (x - about)(x - about)^T: all that the M-step needs to know of the data.
 
     about: (N, K, D), a guess of the means; sums about a point near the mean lose few digits, so float32 is enough.
-    count (N, K), first (N, K, D), second (N, K, D, D): the sums, float64.
+    sums: float64 (N, K), (N, K, D) and (N, K, D, D).
     """
 
     def __init__(self, about):
-        self.about = about
         N, K, D = about.shape
-        self.count, self.first, self.second = (
-            torch.zeros(shape, dtype=torch.float64, device=about.device) for shape in ((N, K), (N, K, D), (N, K, D, D)))
+        self.about = about
+        self.sums = [about.new_zeros(shape, dtype=torch.float64) for shape in ((N, K), (N, K, D), (N, K, D, D))]
 
     def add(self, x, r):
         """Add samples x (N, n, D) with responsibilities r (N, K, n).
@@ -107,20 +105,15 @@ class Moments:
         z = x.flatten(0, 1).index_select(0, source).view(-1, BLOCK, D)
         z = z.sub_(self.about.flatten(0, 1)[owner, None]).mul_(root.mT)  # (blocks, BLOCK, D)
 
-        def add_to(total, parts):
-            """total (N, K, ...) float64 += parts (blocks, ...), summed within this call in the data's precision."""
-            total += parts.new_zeros(N * K, *parts.shape[1:]).index_add_(0, owner, parts).view_as(total)
-
-        add_to(self.count, root.square().sum((1, 2)))
-        add_to(self.first, (root @ z)[:, 0])
-        add_to(self.second, z.mT @ z)
+        # Sums within one call are made in the data's precision, sums over calls in float64.
+        for total, part in zip(self.sums, (root.square().sum((1, 2)), (root @ z)[:, 0], z.mT @ z)):  # (blocks, ...)
+            total += part.new_zeros(N * K, *part.shape[1:]).index_add_(0, owner, part).view_as(total)
 
 
 def chunks(x, K):
     """Slices of the sample axis, so small that their arrays fit the cache and memory does not grow with n."""
-    N, n, _ = x.shape
-    step = max(1, min(2**15 // N, 2**20 // (N * K)))
-    return [slice(i, i + step) for i in range(0, n, step)]
+    step = max(1, min(2**15 // len(x), 2**20 // (len(x) * K)))
+    return [slice(i, i + step) for i in range(0, x.shape[1], step)]
 
 
 def e_step(x, m, weight):
@@ -128,7 +121,6 @@ def e_step(x, m, weight):
 
     x: (N, n, D); weight: (N, n), 0 for padding, else 1. Returns Moments and the log-likelihood (N,) float64.
     """
-    _, _, D = x.shape
     J = int(m.d.max())  # usually 1 to 3: most of the columns of q are not in use
     m = m._replace(q=m.q[..., :J], a=m.a[..., :J])
     moments, likelihood = Moments(m.mu), 0
@@ -139,7 +131,7 @@ def e_step(x, m, weight):
         total = r.sum(1, keepdim=True)  # (N, 1, n)
         moments.add(x[:, s], r.mul_(weight[:, None, s] / total))
         likelihood = likelihood + ((top + total.log())[:, 0] * weight[:, s]).sum(1, dtype=torch.float64)
-    return moments, likelihood - D / 2 * math.log(2 * math.pi) * weight.sum(1, dtype=torch.float64)
+    return moments, likelihood - x.shape[-1] / 2 * math.log(2 * math.pi) * weight.sum(1, dtype=torch.float64)
 
 
 def scree(eigenvalues, threshold=0.2):
@@ -157,11 +149,10 @@ def m_step(moments, mask, d_max, d=None, d_least=1, floor=FLOOR):
 
     mask: (N, K) bool, components present. d: (N, K) int64 fixes the d_k; else the scree test, from d_least to d_max.
     """
-    _, _, D = moments.about.shape
-    mask = mask & (moments.count > EMPTY)
-    count = moments.count.clamp(min=EMPTY)  # (N, K)
-    offset = moments.first / count[..., None]  # (N, K, D)
-    cov = moments.second / count[..., None, None] - offset[..., :, None] * offset[..., None, :]  # (N, K, D, D)
+    D, (count, first, second) = moments.about.shape[-1], moments.sums
+    mask, count = mask & (count > EMPTY), count.clamp(min=EMPTY)  # (N, K)
+    offset = first / count[..., None]  # (N, K, D)
+    cov = second / count[..., None, None] - offset[..., :, None] * offset[..., None, :]  # (N, K, D, D)
     # N*K eigenproblems of 32 x 32 in float64, 0.09 ms each on a CPU core: cheap beside the pass over the data.
     values, vectors = torch.linalg.eigh(cov)  # rising
     values, vectors = values.flip(-1), vectors.flip(-1)  # (N, K, D), (N, K, D, D)
@@ -196,9 +187,8 @@ def em(x, m, max_iter=30, tol=1e-4, d=None, floor=FLOOR, weight=None):
     fit worse. Here d_k only grows within a run: the model with d_k directions is contained in the one with d_k + 1, so
     the M-step still finds one at least as good. New components, of a split, start with the d_k of the scree test.
     """
-    N, n, _ = x.shape
-    weight = x.new_ones(N, n) if weight is None else weight
-    running = torch.arange(N, device=x.device)  # a converged unit leaves the batch, and the rest goes faster
+    weight = torch.ones_like(x[..., 0]) if weight is None else weight
+    running = torch.arange(len(x), device=x.device)  # a converged unit leaves the batch, and the rest goes faster
     final, history = Mixture(*(t.clone() for t in m)), []
     for i in range(max_iter):
         moments, likelihood = e_step(x, m, weight)
@@ -211,7 +201,7 @@ def em(x, m, max_iter=30, tol=1e-4, d=None, floor=FLOOR, weight=None):
             running, x, weight, m = running[rising], x[rising], weight[rising], Mixture(*(t[rising] for t in m))
         if len(running) == 0:
             break
-    converged = torch.ones(N, dtype=torch.bool, device=x.device).index_fill_(0, running, False)
+    converged = torch.ones_like(history[0], dtype=torch.bool).index_fill_(0, running, False)
     return final, torch.stack(history), converged
 
 
@@ -232,10 +222,6 @@ def plus_plus(x, K, generator):
         nearest = torch.where(distance < odds, k, nearest)
         odds = torch.minimum(distance, odds)
     return nearest
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The module
 
 
 class DyGA(nn.Module):
@@ -282,11 +268,9 @@ class DyGA(nn.Module):
         self.register_buffer("d", torch.ones(N, K, dtype=torch.int64))
         self.report = {}
 
-    # -- anchor selection (section 3.2.1, Algorithm 2) --
-
     @torch.no_grad()
     def fit(self, features, generator=None):
-        """Select the anchors of all units. features: (n, N, D) floats, n >= 1. Returns self.
+        """Anchor selection (section 3.2.1, Algorithm 2). features: (n, N, D) floats, n >= 1. Returns self.
 
         generator: a torch.Generator for starts and random splits; without one, a new one of seed 0. For the log,
         self.report then holds "anchors" {step: N counts}, and of the EM runs on all samples "log_likelihood"
@@ -303,16 +287,14 @@ class DyGA(nn.Module):
             x = self._normalise(x) * self.live[:, None, None]
             start = plus_plus(x, self.k_init, generator)
             m = self._run("hddc", x, hard_m_step(x, start, self.k_init, self.d_max, torch.ones_like(x[..., 0])))
-            m = self._split(x, m, generator)
-            m = self._filter(x, m)
-            m = self._run("refit", x, m)
-            self._store(m)
+            m = self._filter(x, self._split(x, m, generator))
+            self._store(self._run("refit", x, m))
         return self
 
     def _check(self, features):
         shape, expected = tuple(features.shape), tuple(self.centre.shape)
         if len(shape) != 3 or shape[0] < 1 or shape[1:] != expected or not features.is_floating_point():
-            raise ValueError(f"features are {features.dtype} {shape}; expected floats, (n, {expected[0]}, {expected[1]})")
+            raise ValueError(f"features are {features.dtype} {shape}; expected floats of shape (n >= 1, *{expected})")
         bad = (~features.isfinite()).any(0).any(-1).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"features of unit {', '.join(map(str, bad))} hold NaN or Inf; has the training diverged?")
@@ -321,8 +303,7 @@ class DyGA(nn.Module):
         """Centre and scale of each unit, without the farthest 0.1% of samples (one at least): outliers set neither."""
         N, n, D = x.shape
         distance = (x.double() - x.median(1, keepdim=True).values.double()).square().sum(-1)  # (N, n)
-        dropped = 1 + n // 1000 if n >= 10 else 0
-        kept = distance.topk(n - dropped, dim=1, largest=False).indices  # (N, kept)
+        kept = distance.topk(n - 1 - n // 1000 if n >= 10 else n, dim=1, largest=False).indices  # (N, kept)
         kept = x.gather(1, kept[..., None].expand(-1, -1, D)).double()  # (N, kept, D)
         centre = kept.mean(1)  # (N, D)
         scale = (kept - centre[:, None]).square().mean((1, 2)).sqrt()  # (N,)
@@ -375,15 +356,15 @@ class DyGA(nn.Module):
             # Every split takes a free slot. If there are too few, the widest clusters go first.
             rank = torch.where(wanted, spread, -1).argsort(dim=1, descending=True, stable=True).argsort(1)  # (N, K)
             wanted = wanted & (rank < (~m.mask).sum(1, keepdim=True))
-            unit, k = wanted.nonzero(as_tuple=True)  # (S,) the clusters to split
-            if len(unit) == 0:
+            if not wanted.any():
                 break
-            order = size[unit, k].argsort(descending=True, stable=True)  # like sizes side by side: little padding
-            unit, k = unit[order], k[order]
+            # The S clusters to split, largest first: like sizes side by side need little padding.
+            order = (size * wanted).flatten().argsort(descending=True, stable=True)[:int(wanted.sum())]
+            unit, k = order // K, order % K  # (S,)
             halves, accepted = self._halve(x, owner, size, unit, k)
             closed[unit, k] = ~accepted
             unit, k, halves = unit[accepted], k[accepted], Mixture(*(t[accepted] for t in halves))
-            halves.log_pi.add_(m.log_pi[unit, k, None])  # the halves share the cluster's weight
+            halves.log_pi.add_(m.log_pi[unit, k, None])  # they share the weight of the cluster
             # One half keeps the cluster's slot, the other takes a free one: free slots are always the last ones.
             split = torch.zeros_like(m.mask).index_put_((unit, k), torch.tensor(True, device=x.device))
             free = (m.mask.sum(1, keepdim=True) + split.cumsum(1) - 1)[unit, k]  # (S,)
@@ -441,40 +422,34 @@ class DyGA(nn.Module):
         self.anchors.zero_()
         self.anchors[:, :K] = (self.centre[:, None] + self.scale[:, None, None] * m.mu) * m.mask[..., None]
 
-    # -- feature alignment (section 3.2.2, Algorithm 3) --
-
-    def _energy(self, c):
-        """c (B, N, D) -> log responsibilities up to a constant per sample and unit, (B, N, K)."""
-        mu = (self.anchors - self.centre[:, None]) / self.scale[:, None, None]  # (N, K, D)
-        m = Mixture(self.mask, self.log_pi, mu, self.q, self.a, self.b, self.d)
-        return -0.5 * cost(self._normalise(c.transpose(0, 1)), m).permute(2, 0, 1)
-
     @torch.no_grad()
     def responsibilities(self, c):
         """Equation 4. c: (B, N, D) -> (B, N, K) float32; absent components get 0, a fitted unit's rows sum to 1."""
         with torch.autocast(c.device.type, enabled=False):
-            return self._energy(c.float()).softmax(-1) * self.mask
+            mu = (self.anchors - self.centre[:, None]) / self.scale[:, None, None]  # (N, K, D)
+            m = Mixture(self.mask, self.log_pi, mu, self.q, self.a, self.b, self.d)
+            energy = -0.5 * cost(self._normalise(c.float().transpose(0, 1)), m)  # (N, K, B)
+            return energy.permute(2, 0, 1).softmax(-1) * self.mask
 
     def align(self, c, gumbel=None, return_delta=False):
-        """Equation 6: c + delta (mu_k - c), k the anchor of highest responsibility. c: (B, N, D), any float type.
+        """Feature alignment (section 3.2.2, Algorithm 3): c + delta (mu_k - c), equation 6, for c (B, N, D), any float.
 
-        gumbel: a torch.Generator on c's device; the anchor is then drawn with its responsibility as probability.
-        return_delta: also return delta (B, N), from 0 to lambda. Log its mean: near 0, the anchors do nothing.
-        Units that do not vary, and all units before the first fit, come back unchanged.
+        mu_k is the anchor of highest responsibility. gumbel: a torch.Generator on c's device; the anchor is then drawn
+        with its responsibility as probability. return_delta: also return delta (B, N), from 0 to lambda; log its mean,
+        near 0 the anchors do nothing. Constant units, and all units before the first fit, come back unchanged.
         """
+        # Paper: Gumbel noise on r, then softmax(r / 1e-4). As r is in [0, 1], noise of size 1 finds the right of K
+        # anchors with chance e / (e + K - 1) only, even where r is 1; but the text wants the highest r. Here: argmax,
+        # and noise on log r as an option. A softmax at 1e-4 is a step, with gradient 0, so k is a constant here:
+        # gradients pass straight through the choice, by way of c itself and of delta.
+        r = self.responsibilities(c)  # (B, N, K)
+        if gumbel is not None:
+            u = torch.rand(r.shape, generator=gumbel, device=r.device)
+            r = r.log() - (-u.clamp(min=1e-20).log()).log()
+        k = r.argmax(-1)  # (B, N)
+        mu = self.anchors[torch.arange(k.shape[1], device=k.device), k]  # (B, N, D)
         with torch.autocast(c.device.type, enabled=False):
             x = c.float()
-            with torch.no_grad():
-                # Paper: Gumbel noise on r, then softmax(r / 1e-4). As r is in [0, 1], noise of size 1 finds the right
-                # of K anchors with chance e / (e + K - 1) only, even where r is 1; but the text wants the highest r.
-                # Here: argmax, and noise on log r as an option. A softmax at 1e-4 is a step, with gradient 0, so k is
-                # a constant here: gradients pass straight through the choice, by way of c itself and of delta.
-                score = self._energy(x)  # (B, N, K)
-                if gumbel is not None:
-                    u = torch.rand(score.shape, generator=gumbel, device=score.device)
-                    score = score - (-u.clamp(min=1e-20).log()).log()
-                k = score.argmax(-1)  # (B, N)
-                mu = self.anchors[torch.arange(k.shape[1], device=k.device), k]  # (B, N, D)
             # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever the others say.
             # Here a tenth of the unit's scale is the least denominator.
             size = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
@@ -489,64 +464,56 @@ class DyGA(nn.Module):
     forward = align
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# python dyga.py
+# ---- python dyga.py ----
 
 
-def toy_units(levels, n, generator, dim=32, noise=0.05):
-    """Units like the extractor's: a scalar of so many equally likely values, through a random MLP, plus noise.
+def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
+    """Units like the extractor's: a scalar of levels[i] equally likely values (0: continuous) through a random MLP.
 
-    levels: N counts; 0 is a continuous scalar. Returns units (n, N, dim) and the level of each sample, (n, N) int64.
+    noise: added to the result, in scales of the unit; jitter: to the scalar, in steps between levels. Returns the units
+    (n, N, dim) and the samples' levels (n, N) int64.
     """
     N, count = len(levels), torch.tensor(levels)
     u = torch.rand(n, N, generator=generator)
     level = (u * count).long()
-    h = (torch.where(count > 0, (level + 0.5) / count, u) * 4 - 2).T[..., None]  # (N, n, 1)
+    s = torch.where(count > 0, (level + 0.5 + jitter * torch.randn(n, N, generator=generator)) / count, u) * 4 - 2
+    h = s.T[..., None]  # (N, n, 1)
     for d_in, d_out in ((1, 64), (64, 64), (64, dim)):
         w = torch.randn(N, d_in, d_out, generator=generator) * (2 / d_in) ** 0.5
         h = torch.relu(h @ w + torch.randn(N, 1, d_out, generator=generator))  # (N, n, d_out)
-    size = h.var(1).mean(-1).sqrt().clamp(min=0.1)  # (N,) what DyGA calls the scale
+    size = h.var(1).mean(-1).sqrt().clamp(min=0.1)  # (N,)
     h = h + noise * size[:, None, None] * torch.randn(h.shape, generator=generator)
     return h.transpose(0, 1), level
 
 
 def main():
-    """Fit toy units by both rules, print what was found, and draw one unit before and after alignment."""
+    """Fit toy units by both rules, print the anchors found, and draw one unit before and after alignment."""
     from PIL import Image, ImageDraw
 
-    levels, shown, lam = [1, 1, 2, 3, 5, 8, 12, 0], 4, 0.5
-    c, level = toy_units(levels, 4_000, torch.Generator().manual_seed(1), noise=0.1)
+    names = ["constant", "2 levels", "3 levels", "5 levels", "8 levels", "12 levels", "continuous"]
+    c, _ = toy_units([1, 2, 3, 5, 8, 12, 0], 4_000, torch.Generator().manual_seed(0), noise=0.03, jitter=0.02)
     c[:, 0] = c[0, 0]
-    names = ["constant", *(f"{k} level{'s' * (k > 1)}" for k in levels[1:-1]), "continuous"]
-    paper, bic = DyGA(len(levels), lam=lam).fit(c), DyGA(len(levels), k_init=1, accept="bic", lam=lam).fit(c)
-    print("anchors found (purity: share of samples that have their anchor's commonest level)")
-    print(f"{'truth':12}{'paper: always':>20}{'k_init 1, bic':>20}")
-    for i, name in enumerate(names):
-        line = f"{name:12}"
-        for model in (paper, bic):
-            owner = model.responsibilities(c)[:, i].argmax(-1)  # (n,)
-            table = torch.stack([(level[owner == k, i]).bincount(minlength=max(levels)) for k in owner.unique()])
-            purity = f"({table.amax(1).sum() / len(c):.3f})" if levels[i] else "(-)"
-            line += f"{int(model.mask[i].sum()):>12} {purity:>7}"
-        print(line)
+    paper, bic = DyGA(len(names)).fit(c), DyGA(len(names), k_init=1, accept="bic", lam=0.5).fit(c)
+    print("unit          anchors, the paper's rule     anchors, k_init 1 and accept bic")
+    for name, always, grown in zip(names, paper.mask.sum(1).tolist(), bic.mask.sum(1).tolist()):
+        print(f"{name:14}{always:<30}{grown}")
 
-    # The unit's two widest directions, once for both panels.
-    owner, (before, after) = bic.responsibilities(c)[:, shown].argmax(-1), (t[:, shown] for t in (c, bic.align(c)))
-    axes = torch.linalg.svd(before - before.mean(0), full_matrices=False).Vh[:2].T  # (D, 2)
-    dots = before @ axes  # (n, 2)
-    low, high = dots.amin(0), dots.amax(0)
-    colours = [f"hsl({360 * k // owner.max().add(1)}, 75%, 42%)" for k in range(int(owner.max()) + 1)]
+    unit = 3
+    owner, anchors = bic.responsibilities(c)[:, unit].argmax(-1).tolist(), bic.anchors[unit][bic.mask[unit]]  # (K, D)
+    before, after = c[:, unit], bic.align(c)[:, unit]  # (n, D)
+    axes = torch.linalg.svd(before - before.mean(0), full_matrices=False).Vh[:2].T  # (D, 2): the widest directions
+    low, high = (before @ axes).amin(0), (before @ axes).amax(0)
     image = Image.new("RGB", (840, 470), "white")
     draw = ImageDraw.Draw(image)
-    found = int(bic.mask[shown].sum())
-    draw.text((20, 12), f"A unit of {levels[shown]} levels in 2-D; {found} anchors found (crosses), samples coloured by anchor", "black")
-    for left, title, points in ((20, "before alignment", before), (430, f"after, lambda = {lam}", after)):
-        draw.rectangle((left, 56, left + 390, 450), outline="grey")
-        draw.text((left, 38), title, "black")
-        place = lambda p: ((p @ axes - low) / (high - low) * 360 + torch.tensor([left + 15, 73])).tolist()
-        for (px, py), k in zip(place(points), owner.tolist()):
-            draw.ellipse((px - 1, py - 1, px + 1, py + 1), fill=colours[k])
-        for px, py in place(bic.anchors[shown][bic.mask[shown]]):
+    draw.text((20, 12), f"A unit of {names[unit]} in 2-D; crosses: its {len(anchors)} anchors", "black")
+    for left, title, points in ((20, "before alignment", before), (430, "after alignment, lambda = 0.5", after)):
+        draw.text((left, 36), title + "; a colour per anchor", "black")
+        draw.rectangle((left, 54, left + 390, 454), outline="grey")
+        place = torch.cat([points, anchors]) @ axes  # (n + K, 2)
+        place = ((place - low) / (high - low) * 360 + torch.tensor([left + 15, 74])).tolist()
+        for (px, py), k in zip(place, owner):
+            draw.ellipse((px - 1, py - 1, px + 1, py + 1), f"hsl({360 * k // len(anchors)}, 75%, 45%)")
+        for px, py in place[len(points):]:
             draw.line((px - 6, py, px + 6, py), "black", 2)
             draw.line((px, py - 6, px, py + 6), "black", 2)
     Path("out").mkdir(exist_ok=True)

@@ -79,7 +79,7 @@ PRESETS = {
         "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128], "extractor.unit_relu": False,
         # Widths 8 and 4 are both outside [1, 2], so by the released rule every skip is dropped out.
         "unet.base": 32, "unet.multipliers": [1, 2], "unet.res_blocks": 1, "unet.attention_at": [1, 2],
-        "unet.heads": 4, "unet.groups": 4, "unet.self_attention": False, "unet.dropout": 0.0,
+        "unet.heads": 4, "unet.self_attention": False, "unet.dropout": 0.0,
         # A squared error learns an object's shape and size earlier than L1 does. Times from the middle of the schedule:
         # after 250,000 images the units told 0.65 of the object hues apart, 0.12 with uniform times.
         "loss": "mse", "t_sampling": "logit_normal", "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3,

@@ -191,8 +191,7 @@ class UNet(nn.Module):
         res_blocks: residual blocks per level on the way down; one more on the way up.
         attention_at: downsampling factors (1 = full latent size) whose blocks are followed by a Transformer.
         heads: attention heads.
-        groups: of every GroupNorm; LDM's 32. A network 32 channels wide needs fewer: with one channel in a group,
-            each channel loses its mean, and with it go the scene's colours.
+        groups: of every GroupNorm, LDM's 32; must divide every width.
         context_dim: D, the length of a latent unit.
         dropout: ordinary dropout inside the residual blocks.
         skip_dropout: probability 1 - p of section 3.3 that a channel of a skip connection is dropped (0.2).
