@@ -187,7 +187,8 @@ class UNet(nn.Module):
 
     Args:
         channels: of the latent (3).
-        base: width of the first level; level i has base * multipliers[i] channels.
+        base: width of the first level.
+        multipliers: width of each level as a multiple of `base`; every level but the last halves the size.
         res_blocks: residual blocks per level on the way down; one more on the way up.
         attention_at: downsampling factors (1 = full latent size) whose blocks are followed by a Transformer.
         heads: attention heads.
