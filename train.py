@@ -104,7 +104,7 @@ PER_DATASET = {"cars3d": dict(fit_every=5), "celeba": dict(batch=64)}
 def all_settings():
     """Every setting: name -> (default, help). The networks' come from the signatures and docstrings of PARTS."""
     found = dict(TRAINING)
-    for prefix, cls in PARTS.items():
+    for prefix, cls in PARTS.items():  # such as unet, UNet
         for name, parameter in inspect.signature(cls).parameters.items():
             if parameter.default is not parameter.empty and f"{prefix}.{name}" not in WIRED:
                 text = re.search(rf"^ +{name}: (.+?)(?=\n +\w+: |\n\n|\Z)", cls.__doc__, re.M | re.S)[1]
@@ -121,7 +121,7 @@ def build_parser():
     p.add_argument("--out", help="folder for everything written (default out/DATASET-PRESET)")
     p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
     p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if there")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")  # any that torch knows
     p.add_argument("--seed", type=int, default=0, help="same seed, same CPU, same numbers")
     p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out, with the settings it holds")
     p.add_argument("--minutes", type=float, help="fit the course into this time; not reproducible to the bit then")
@@ -142,10 +142,10 @@ def settings(args):
     """Flags over dataset over preset over defaults: the run's whole configuration as one plain dict."""
     auto = "paper" if args.device.type == "cuda" else "laptop"
     preset = auto if args.preset == "auto" else args.preset
-    cfg = {name: default for name, (default, _) in all_settings().items()} | PRESETS[preset]
+    cfg = {name: default for name, (default, _) in all_settings().items()} | PRESETS[preset]  # the right one wins
     if preset == "paper":
         cfg |= PER_DATASET.get(args.dataset, {})
-    cfg |= {name: value for name, value in vars(args).items() if name in cfg and value is not None}
+    cfg |= {name: value for name, value in vars(args).items() if name in cfg and value is not None}  # flags
     return cfg | {"preset": preset, "seed": args.seed, "minutes": args.minutes}
 
 
@@ -163,11 +163,11 @@ class Model(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.vqgan = VQGAN(**part(cfg, "vqgan"))
-        self.extractor = Extractor(**part(cfg, "extractor"))
-        self.dyga = DyGA(cfg["extractor.n_units"], cfg["extractor.unit_dim"], **part(cfg, "dyga"))
+        self.vqgan = VQGAN(**part(cfg, "vqgan"))  # x0 <-> z0; frozen in stage 2
+        self.extractor = Extractor(**part(cfg, "extractor"))  # x0 -> c
+        self.dyga = DyGA(cfg["extractor.n_units"], cfg["extractor.unit_dim"], **part(cfg, "dyga"))  # c -> c~
         self.unet = UNet(channels=cfg["vqgan.z_channels"], context_dim=cfg["extractor.unit_dim"], **part(cfg, "unet"))
-        self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)
+        self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
     def loss(self, images, z0):
         """One step of Algorithm 1 for images uint8 (B, 3, H, W) and their latents z0 (B, z, h, w).
@@ -186,7 +186,7 @@ class Model(nn.Module):
 
     def noise(self, count, generator):
         """Starting noise (count, z, h, w) for `sample`, from a CPU generator, so that every device starts alike."""
-        shape = count, self.vqgan.z_channels, 64 // self.vqgan.factor, 64 // self.vqgan.factor
+        shape = count, self.vqgan.z_channels, 64 // self.vqgan.factor, 64 // self.vqgan.factor  # (count, z, h, w)
         return torch.randn(shape, generator=generator).to(self.alpha_bar.device)
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint of train.py, such as out/shapes3d-laptop/ckpt.pt")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may carry
     except Exception as error:  # foreign bytes can fail in any way, and nothing of ours runs inside this try
         raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, cut short, or of "
                         "another program); expected a ckpt.pt of train.py") from error
@@ -216,7 +216,7 @@ def load_checkpoint(path, device="cpu"):
         if ckpt["stage"] == 1:
             raise UserError(f"{path}: holds stage 1 only, expected both; finish the run with train.py --resume first")
         model = Model(ckpt["config"])
-        model.load_state_dict(ckpt["model"] | ckpt["average"])
+        model.load_state_dict(ckpt["model"] | ckpt["average"])  # averaged weights over training ones
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not as this train.py expected it ({type(error).__name__}); train it again") from error
     return model.to(device).eval(), ckpt
@@ -225,15 +225,15 @@ def load_checkpoint(path, device="cpu"):
 def plot_curve(path, series, title, xlabel, ylabel, size=(720, 420)):
     """Write a line plot as PNG. series: name -> (xs, ys), two lists of numbers; linear axes from least to most."""
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=13)
-    draw, (right, bottom), left, top = ImageDraw.Draw(image), (size[0] - 16, size[1] - 46), 64, 34
+    draw, (right, bottom), left, top = ImageDraw.Draw(image), (size[0] - 16, size[1] - 46), 64, 34  # of the plot
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in (sum(map(list, axis), []) for axis in zip(*series.values())))
     for i in range(5):  # grid lines, and the numbers beside them
         x, y = left + (right - left) * i / 4, bottom + (top - bottom) * i / 4
         draw.line([(left, y), (right, y)], fill="#dddddd")
-        draw.text((left - 6, y), f"{y0 + (y1 - y0) * i / 4:.3g}", "black", font, anchor="rm")
+        draw.text((left - 6, y), f"{y0 + (y1 - y0) * i / 4:.3g}", "black", font, anchor="rm")  # right, middle
         draw.text((x, bottom + 6), f"{x0 + (x1 - x0) * i / 4:,.0f}", "black", font, anchor="mt" if i < 4 else "rt")
     for i, (name, (xs, ys)) in enumerate(series.items()):
-        colour = ["#1f5fa8", "#c8501e", "#2d8a4b", "#7a3fa0"][i % 4]
+        colour = ["#1f5fa8", "#c8501e", "#2d8a4b", "#7a3fa0"][i % 4]  # blue, orange, green, violet
         draw.line([(left + (x - x0) / (x1 - x0 or 1) * (right - left),
                     bottom + (y - y0) / (y1 - y0 or 1) * (top - bottom)) for x, y in zip(xs, ys)], colour, width=2)
         draw.text((right - 4, top + 16 * i), name, colour, font, anchor="rt")
@@ -253,15 +253,15 @@ class Run:
     def __init__(self, args, cfg, ckpt=None):
         self.cfg, self.out, self.device = cfg, Path(args.out), args.device
         self.log_path, self.ckpt_path = self.out / "log.jsonl", self.out / "ckpt.pt"
-        self.data = data.load(args.dataset, args.data_dir, args.source, self.device)
-        torch.manual_seed(cfg["seed"])
+        self.data = data.load(args.dataset, args.data_dir, args.source, self.device)  # may raise UserError
+        torch.manual_seed(cfg["seed"])  # initial weights, noise, times and dropout all come from here
         try:
             self.model = Model(cfg).to(self.device)
             if args.stage1_from:
                 self.model.vqgan.load_state_dict(part(read_checkpoint(args.stage1_from)["model"], "vqgan"))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"these settings do not fit together: {error}") from error
-        self.stage1 = Stage1(self.model.vqgan, **part(cfg, "stage1"))
+        self.stage1 = Stage1(self.model.vqgan, **part(cfg, "stage1"))  # losses and optimisers of the VQ-GAN
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)  # the EMA, with anchors of its own
         # fused: the whole update in one kernel, where a loop over tensors would start hundreds.
         self.opt = torch.optim.AdamW([*self.model.extractor.parameters(), *self.model.unet.parameters()],
@@ -273,7 +273,7 @@ class Run:
         if ckpt:
             self.take_over(ckpt)
         elif args.stage1_from:
-            self.seen[1] = self.total[1]
+            self.seen[1] = self.total[1]  # nothing left to train in stage 1
         # A fixed random sample of images that the anchors are fitted to.
         draw = torch.Generator().manual_seed(cfg["seed"])
         self.fit_idx = torch.randperm(len(self.data), generator=draw)[:cfg["fit_images"]]
@@ -290,7 +290,7 @@ class Run:
             "training": (self.stage1 if self.stage == 1 else self.opt).state_dict(), "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []}
         with data.replacing(self.ckpt_path) as temporary:
-            torch.save(state, temporary)
+            torch.save(state, temporary)  # plain tensors and values only: weights_only=True must be able to read it
         self.pictures()
 
     def take_over(self, ckpt):
@@ -299,9 +299,9 @@ class Run:
         self.seen = {1: ckpt["stage1_images_seen"], 2: ckpt["images_seen"]}
         self.minutes = {1: ckpt["stage1_minutes"], 2: ckpt["minutes"] - ckpt["stage1_minutes"]}
         self.model.load_state_dict(ckpt["model"])
-        self.average.load_state_dict(ckpt["model"] | ckpt["average"])
+        self.average.load_state_dict(ckpt["model"] | ckpt["average"])  # stage 1 from the one, the rest from the other
         (self.stage1 if self.stage == 1 else self.opt).load_state_dict(ckpt["training"])
-        torch.set_rng_state(ckpt["rng"])
+        torch.set_rng_state(ckpt["rng"])  # the next noise is the one that would have come
         if ckpt["rng_cuda"] and self.device.type == "cuda":
             torch.cuda.set_rng_state_all(ckpt["rng_cuda"])
         # Rows logged after the checkpoint will be made again: cut them off, a torn last row included.
@@ -323,10 +323,10 @@ class Run:
         # The sums stay on the device: to read a number at every step, the CPU would have to wait for the GPU.
         self.sums = {name: self.sums.get(name, 0) + value for name, value in (values | {"steps": 1}).items()}
         if self.crosses(stage, max(self.total[stage] // 150, self.batch[stage])):
-            steps = self.sums.pop("steps")
-            row = {name: float(value) / steps for name, value in self.sums.items()}
+            steps = self.sums.pop("steps")  # how many steps were added up
+            row = {name: float(value) / steps for name, value in self.sums.items()}  # here the CPU waits
             self.log(stage, self.seen[stage] + self.batch[stage], **row, images_per_s=self.bar.format_dict["rate"])
-            shown = ("psnr", "codes_used") if stage == 1 else ("loss", "mean_delta")
+            shown = ("psnr", "codes_used") if stage == 1 else ("loss", "mean_delta")  # the numbers to watch
             self.bar.set_postfix({name: f"{row[name]:.3f}" for name in shown}, refresh=False)
             self.sums = {}
 
@@ -338,13 +338,13 @@ class Run:
         """Endless batches of indices. Each pass over the data has an order of its own, which (seed, stage, pass) alone
         decides: a resumed run meets the same batches as one that never stopped."""
         batch = self.batch[stage]
-        per_pass, last = max(len(self.data) // batch, 1), None
+        per_pass, last = max(len(self.data) // batch, 1), None  # a pass drops what does not fill a batch
         while True:
-            turn, place = divmod(self.seen[stage] // batch, per_pass)
+            turn, place = divmod(self.seen[stage] // batch, per_pass)  # which pass, which batch of it
             if turn != last:
                 draw = torch.Generator().manual_seed(self.cfg["seed"] * 1_000_003 + 10 * turn + stage)
                 order, last = torch.randperm(len(self.data), generator=draw), turn
-            yield order[place * batch:(place + 1) * batch]
+            yield order[place * batch:(place + 1) * batch]  # (B,)
 
     def course(self, stage):
         """Yield (indices, progress in [0, 1)) until the stage is over, and do all that goes by the clock: bar,
@@ -355,15 +355,15 @@ class Run:
             budget *= share if stage == 1 else 0.96 - share
         self.bar = tqdm(total=None if budget else total, initial=self.seen[stage], unit=" images", smoothing=0.05,
                         desc=f"stage {stage}", dynamic_ncols=True)
-        saved = clock = time.perf_counter()
+        saved = clock = time.perf_counter()  # of the last checkpoint, of the last step
         for idx in self.batches(stage):
             progress = self.minutes[stage] / budget if budget else self.seen[stage] / total
             if progress >= 1:
                 return self.bar.close()
-            yield idx, progress
+            yield idx, progress  # the caller trains on this batch, then we go on
             self.seen[stage] += len(idx)
             now = time.perf_counter()
-            self.minutes[stage] += (now - clock) / 60
+            self.minutes[stage] += (now - clock) / 60  # data, step, checkpoint, pictures: everything
             clock = now
             self.bar.update(len(idx))
             if self.stopped_by or now - saved > 60 * SAVE_MINUTES:
@@ -371,14 +371,14 @@ class Run:
                 saved = time.perf_counter()
             if self.stopped_by:
                 print(f"\nstopped by {self.stopped_by}; go on with the same command and --resume", file=sys.stderr)
-                sys.exit(130)
+                sys.exit(130)  # as a shell counts a program that was interrupted
 
     def train_stage1(self):
         """Train the VQ-GAN, freeze it, and say how well it reconstructs."""
         for idx, progress in self.course(1):
             self.tally(1, **self.stage1.step(self.data.images(idx), self.seen[1], progress))
-        psnr = self.stage1.finish(self.data.images(self.fit_idx[:1024]))
-        self.average.load_state_dict(self.model.state_dict())
+        psnr = self.stage1.finish(self.data.images(self.fit_idx[:1024]))  # freezes it and sets latent_std
+        self.average.load_state_dict(self.model.state_dict())  # the EMA starts from here, with the trained stage 1
         self.stage, self.sums = 2, {}
         self.log(1, self.seen[1], reconstruction_psnr=psnr, latent_std=self.model.vqgan.latent_std.item())
         print(f"stage 1 done: reconstructions at {psnr:.1f} dB")
@@ -394,17 +394,17 @@ class Run:
         for net in (model.extractor, model.unet):
             net.train()
             if cfg["compile"]:
-                net.compile()
+                net.compile()  # in place: names of weights stay as they are
         for idx, progress in self.course(2):
             seen = self.seen[2] + len(idx)
-            warm = min(1.0, seen / max(cfg["warmup"], 1))
-            fall = min(1.0, (1 - progress) / cfg["decay"]) if cfg["decay"] else 1.0
+            warm = min(1.0, seen / max(cfg["warmup"], 1))  # rises to 1
+            fall = min(1.0, (1 - progress) / cfg["decay"]) if cfg["decay"] else 1.0  # falls to 0 at the very end
             self.opt.param_groups[0]["lr"] = cfg["lr"] * warm * fall
-            images = self.data.images(idx)
+            images = self.data.images(idx)  # x0, uint8 (B, 3, 64, 64)
             z0 = latents[idx.to(self.device)].float() if on_gpu else model.vqgan.encode(images)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):  # a CPU gains nothing from it
                 loss, delta = model.loss(images, z0)
-            self.opt.zero_grad(set_to_none=True)
+            self.opt.zero_grad(set_to_none=True)  # no zeros to write, none to add to
             loss.backward()
             nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"] or math.inf)
             self.opt.step()
@@ -436,7 +436,7 @@ class Run:
         # The average's stage 1 is a copy from the start of stage 2; until then look at the one in training.
         rows = [images, (model if self.stage == 2 else copy.deepcopy(self.model).eval()).vqgan.reconstruct(images)]
         if self.stage == 2:
-            noise = model.noise(len(images), torch.Generator().manual_seed(0))
+            noise = model.noise(len(images), torch.Generator().manual_seed(0))  # the same in every picture of this run
             rows.append(model.sample(model.dyga.align(model.units(images)), noise, min(50, self.cfg["ddim_steps"])))
         title = f"{self.data.name} ({self.data.source}), {self.seen[2]:,} images seen in stage 2"
         with data.replacing(self.out / "samples.png") as temporary:
@@ -462,19 +462,19 @@ def pick_device(text):
 def main():
     """Parse, say what was chosen, run both stages, write everything."""
     args = build_parser().parse_args()
-    args.device = pick_device(args.device)
+    args.device = pick_device(args.device)  # text -> torch.device
     cfg = settings(args)
     args.out = args.out or f"out/{args.dataset}-{cfg['preset']}"
-    kept = Path(args.out) / "ckpt.pt"
+    kept = Path(args.out) / "ckpt.pt"  # of an earlier run, if there was one
     if Path(args.out).is_file():
         raise UserError(f"--out {args.out}: a file is there; expected a folder, or nothing yet")
     if kept.exists() and not args.resume:
         raise UserError(f"{args.out} holds a run already; add --resume to go on with it, or choose another --out")
     ckpt = read_checkpoint(kept) if args.resume else None
-    cfg = ckpt["config"] if ckpt else cfg
+    cfg = ckpt["config"] if ckpt else cfg  # a run goes on with the settings that it began with
     run = Run(args, cfg, ckpt)
     run.out.mkdir(parents=True, exist_ok=True)
-    run.log_path.touch()
+    run.log_path.touch()  # its length goes into every checkpoint
     why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
     kind = "bfloat16" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
     duration = {"laptop": "about 30 minutes on 2 CPU cores", "tiny": "seconds"}.get(cfg["preset"], "see the bar")
@@ -492,7 +492,7 @@ def main():
         run.train_stage1()
     if not args.stage1_only:
         run.train_stage2()
-    run.save()
+    run.save()  # the finished run: ckpt.pt and the last pictures
     print(f"done in {sum(run.minutes.values()):.1f} minutes; wrote {run.ckpt_path}, samples.png, loss.png, log.jsonl")
 
 
