@@ -9,9 +9,7 @@ means one factor (wall hue, say) should take one group of values per attribute (
             result, works better with sharp groups, and so teaches the extractor to make them.
 
     python dyga.py      # fits toy units, prints the anchors found beside the truth, draws out/dyga.png
-
-All N units are one batch, with no loop over units, clusters or samples. The file knows nothing of diffusion: any model
-with latent units can use it.
+It knows nothing of diffusion: any model with latent units can use it.
 """
 
 import math
@@ -30,10 +28,8 @@ BLOCK = 64  # rows of one block in Moments
 
 
 class Mixture(NamedTuple):
-    """N Gaussian mixtures of up to K components, HDDC's model [a_kj b_k Q_k d_k].
-
-    Component k has variance a_kj along its d_k main directions q_kj, and one variance b_k along the D - d_k others.
-    """
+    """N Gaussian mixtures of up to K components, HDDC's model [a_kj b_k Q_k d_k]: component k has variance a_kj along
+    its d_k main directions q_kj, and one variance b_k along the D - d_k others."""
 
     mask: torch.Tensor  # (N, K) bool: the component is present
     log_pi: torch.Tensor  # (N, K) log of its weight
@@ -51,8 +47,7 @@ def front(m):
     return Mixture(*(t[unit, order] for t in m))
 
 
-# ---- HDDC: expectation maximisation, all units and components at once (Bouveyron, Girard, Schmid 2007) ----
-
+# ---- HDDC (Bouveyron, Girard, Schmid 2007): EM for all units and components as one batch, no loop over either ----
 
 def cost(x, m):
     """HDDC's cost: -2 log(pi_k N(x; mu_k, Sigma_k)) - D log(2 pi), and 1e30 for absent components.
@@ -135,10 +130,8 @@ def e_step(x, m, weight):
 
 
 def scree(eigenvalues, threshold=0.2):
-    """Cattell's scree test: how many eigenvalues come before the last drop above threshold times the largest drop.
-
-    eigenvalues: (..., D), falling. Returns (...) int64, from 1 to D - 1.
-    """
+    """Cattell's scree test: how many eigenvalues (..., D), falling, come before the last drop above threshold times the
+    largest drop. Returns (...) int64, from 1 to D - 1."""
     drop = eigenvalues[..., :-1] - eigenvalues[..., 1:]  # (..., D-1)
     large = drop > threshold * drop.amax(-1, keepdim=True)
     return (large * torch.arange(1, eigenvalues.shape[-1], device=drop.device)).amax(-1).clamp(min=1)
@@ -168,20 +161,20 @@ def m_step(moments, mask, d_max, d=None, d_least=1, floor=FLOOR):
     return Mixture(mask, *(t.to(moments.about.dtype) for t in floats), d)
 
 
-def hard_m_step(x, label, K, d_max, weight):
+def hard_m_step(x, label, K, d_max, weight, d=None):
     """The mixture of a hard assignment label (N, n) int64, from which EM starts."""
     moments = Moments(x.new_zeros(x.shape[0], K, x.shape[2]))
     for s in chunks(x, K):
         r = label[:, None, s] == torch.arange(K, device=x.device)[:, None]  # (N, K, n)
         moments.add(x[:, s], r * weight[:, None, s])
-    return m_step(moments, torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device), d_max)
+    return m_step(moments, torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device), d_max, d)
 
 
 def em(x, m, max_iter=30, tol=1e-4, d=None, floor=FLOOR, weight=None):
     """Expectation maximisation from the mixture m; a unit stops when its mean log-likelihood rises by tol or less.
 
-    x: (N, n, D), weight: (N, n), see e_step; d, floor: see m_step. Returns the mixture, the log-likelihood before each
-    iteration (iterations, N), and which units converged (N,) bool. Units do not influence each other.
+    x, weight: see e_step; d, floor: see m_step. Returns the mixture, the log-likelihood before each iteration
+    (iterations, N), and which units converged (N,) bool. Units do not influence each other.
 
     The log-likelihood never falls. HDDC as published repeats the scree test in every iteration, and a smaller d_k can
     fit worse. Here d_k only grows within a run: the model with d_k directions is contained in the one with d_k + 1, so
@@ -208,8 +201,8 @@ def em(x, m, max_iter=30, tol=1e-4, d=None, floor=FLOOR, weight=None):
 def plus_plus(x, K, generator):
     """k-means++ in all units at once: each next start is a sample drawn with odds (distance to the nearest start)^2.
 
-    x: (N, n, D). Returns the nearest start of each sample, (N, n) int64. Equal samples share a start, so a unit of
-    fewer than K different samples gets fewer components. (The loop is over starts: each draw depends on the last.)
+    x: (N, n, D). Returns the nearest start of each sample, (N, n) int64. Equal samples share a start, so fewer than K
+    different samples give fewer components. (The loop is over starts: each draw depends on the last.)
     """
     N, n, D = x.shape
     nearest = torch.zeros(N, n, dtype=torch.int64, device=x.device)
@@ -247,10 +240,9 @@ class DyGA(nn.Module):
     def __init__(self, n_units, dim=32, k_init=8, k_max=32, max_iter=30, lam=0.1, accept="always", d_max=8,
                  spread=0.5, split_odds=0.5, min_samples=10, min_fraction=1e-3, tol=1e-4):
         super().__init__()
-        if accept not in ("always", "bic"):
-            raise ValueError(f"accept is {accept!r}; it must be 'always' or 'bic'")
-        if not 1 <= k_init <= k_max or dim < 2:
-            raise ValueError(f"k_init is {k_init}, k_max {k_max}, dim {dim}; needed: 1 <= k_init <= k_max and dim >= 2")
+        if accept not in ("always", "bic") or not 1 <= k_init <= k_max or dim < 2:
+            raise ValueError(f"accept {accept!r}, k_init {k_init}, k_max {k_max}, dim {dim}: expected 'always' or 'bic', "
+                             "1 <= k_init <= k_max, dim >= 2")
         self.k_init, self.k_max, self.max_iter, self.lam, self.accept = k_init, k_max, max_iter, lam, accept
         self.d_max, self.spread, self.split_odds, self.tol = min(d_max, dim), spread, split_odds, tol
         self.min_samples, self.min_fraction = min_samples, min_fraction
@@ -272,8 +264,8 @@ class DyGA(nn.Module):
     def fit(self, features, generator=None):
         """Anchor selection (section 3.2.1, Algorithm 2). features: (n, N, D) floats, n >= 1. Returns self.
 
-        generator: a torch.Generator for starts and random splits; without one, a new one of seed 0. For the log,
-        self.report then holds "anchors" {step: N counts}, and of the EM runs on all samples "log_likelihood"
+        generator: a torch.Generator for starts and random splits; without one, a new one of seed 0. Then self.report
+        has, for the log, "anchors" {step: N counts}, and of the EM runs on all samples "log_likelihood"
         {step: (iterations, N)} and "converged" (N bools, of the last). ValueError on a wrong shape, NaN or Inf.
         Time goes into the passes over the data, one per EM iteration: half into costs, half into moments.
         """
@@ -281,8 +273,7 @@ class DyGA(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         self.report = {"anchors": {}, "log_likelihood": {}}
         with torch.autocast(features.device.type, enabled=False):  # half precision is too coarse for second moments
-            x = features.transpose(0, 1)
-            x = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # (N, n, D)
+            x = features.to(torch.promote_types(features.dtype, torch.float32)).transpose(0, 1).contiguous()  # (N, n, D)
             self._measure(x)
             x = self._normalise(x) * self.live[:, None, None]
             start = plus_plus(x, self.k_init, generator)
@@ -313,14 +304,12 @@ class DyGA(nn.Module):
         self.centre.copy_(centre)
 
     def _normalise(self, x):
-        """(N, n, D) from the units' own space to normalised units."""
         return ((x - self.centre[:, None]) / self.scale[:, None, None]).clamp(-LIMIT, LIMIT)
 
     def _run(self, step, x, m):
         """One EM run on all samples, noted in the report."""
         m, history, converged = em(x, m, self.max_iter, self.tol)
-        self.report["anchors"][step] = m.mask.sum(1).tolist()
-        self.report["log_likelihood"][step] = history.cpu()
+        self.report["anchors"][step], self.report["log_likelihood"][step] = m.mask.sum(1).tolist(), history.cpu()
         self.report["converged"] = converged.tolist()
         return m
 
@@ -343,26 +332,25 @@ class DyGA(nn.Module):
         used = m.mask.shape[1]
         m = Mixture(*(t[:, torch.arange(K, device=x.device).clamp(max=used - 1)] for t in m))
         m.mask[:, used:] = False
-        closed = torch.zeros_like(m.mask)  # tried, and not worth it
-        for turn in range(K):
+        # Paper: a split is "also performed arbitrarily", no odds given. Here each cluster of the first EM run has one
+        # chance; a chance in every round would fill all slots.
+        lucky = torch.rand(N, K, generator=generator, device=generator.device).to(x.device) < self.split_odds
+        lucky, closed = lucky & m.mask, torch.zeros_like(m.mask)  # closed: tried, and not worth it
+        while True:
             owner, size, spread = self._clusters(x, m)
-            wanted = spread > self.spread if self.accept == "always" else m.mask
-            if self.accept == "always" and turn == 0:
-                # Paper: "the split is also performed arbitrarily", without odds or moment. Here: once. In every round,
-                # it would bring every unit to k_max.
-                coin = torch.rand(N, K, generator=generator, device=generator.device).to(x.device)
-                wanted = wanted | (coin < self.split_odds)
-            wanted = wanted & m.mask & ~closed & (size > 1) & self.live[:, None]
-            # Every split takes a free slot. If there are too few, the widest clusters go first.
+            wanted = m.mask if self.accept == "bic" else m.mask & ((spread > self.spread) | lucky)
+            wanted = wanted & ~closed & (size > 1) & self.live[:, None]
+            # Every split takes a free slot; too few, and the widest clusters go first.
             rank = torch.where(wanted, spread, -1).argsort(dim=1, descending=True, stable=True).argsort(1)  # (N, K)
             wanted = wanted & (rank < (~m.mask).sum(1, keepdim=True))
             if not wanted.any():
                 break
-            # The S clusters to split, largest first: like sizes side by side need little padding.
+            # The largest first, which saves padding in _halve, and not more than the memory of x takes; the rest waits.
             order = (size * wanted).flatten().argsort(descending=True, stable=True)[:int(wanted.sum())]
-            unit, k = order // K, order % K  # (S,)
+            order = order[:x.shape[1] * N // int(size.flatten()[order[0]])]
+            unit, k = order // K, order % K  # (S,) the clusters to split
             halves, accepted = self._halve(x, owner, size, unit, k)
-            closed[unit, k] = ~accepted
+            lucky[unit, k], closed[unit, k] = False, ~accepted
             unit, k, halves = unit[accepted], k[accepted], Mixture(*(t[accepted] for t in halves))
             halves.log_pi.add_(m.log_pi[unit, k, None])  # they share the weight of the cluster
             # One half keeps the cluster's slot, the other takes a free one: free slots are always the last ones.
@@ -374,36 +362,35 @@ class DyGA(nn.Module):
         return m
 
     def _halve(self, x, owner, size, unit, k):
-        """Split cluster k[i] of unit[i] (S,), largest first. Returns a Mixture (S, 2, ...), and accepted (S,) bool.
+        """Split cluster k[i] of unit[i] (S,). Returns the halves, a Mixture (S, 2, ...), and accepted (S,) bool.
 
-        A sample belongs to one cluster at most, so all splits of a round are ONE EM: S mixtures of two components, each
-        on its own cluster's samples, padded to the longest. (In parts that take no more memory than x.)
+        A sample is in one cluster at most, so all splits of a round are ONE EM: S mixtures of two components, each on
+        its cluster's samples, padded to the longest.
         """
-        N, n, D = x.shape
+        (_, n, D), u, k = x.shape, unit[:, None], k[:, None]  # (S, 1)
         by_owner = owner.argsort(dim=1, stable=True)  # (N, n): samples of no cluster, of cluster 0, of cluster 1, ...
         first = n - size.sum(1, keepdim=True) + size.cumsum(1) - size  # (N, K): where a cluster begins
-        halves, accepted = [], []
-        while len(unit):
-            length = size[unit[0], k[0]]
-            part = N * n // int(length)
-            u, j, unit, k = unit[:part, None], k[:part, None], unit[part:], k[part:]
-            rows = torch.arange(length, device=x.device)
-            weight = (rows < size[u, j]).to(x.dtype)  # (S, length)
-            xs = x[u, by_owner[u, (first[u, j] + rows).clamp(max=n - 1)]]  # (S, length, D)
-            # Start: cut at the mean, across the widest direction.
-            one = hard_m_step(xs, torch.zeros_like(weight), 1, self.d_max, weight)
-            above = ((xs - one.mu) @ one.q[:, 0, :, :1])[..., 0] > 0  # (S, length)
-            two, _, _ = em(xs, hard_m_step(xs, above, 2, self.d_max, weight), self.max_iter, self.tol, weight=weight)
-            keep = two.mask.all(1)
-            if self.accept == "bic":
-                # Free numbers of a component: weight, mean, b, the a_j, d orthonormal directions. The unit's BIC gains
-                # this much as far as other clusters' densities vanish on these samples.
-                one_free, two_free = ((2 + D + m.d + m.d * (D - (m.d + 1) / 2)).sum(1) for m in (one, two))
-                gain = 2 * (e_step(xs, two, weight)[1] - e_step(xs, one, weight)[1])  # (S,)
-                keep = keep & (gain > (two_free - one_free) * math.log(n))
-            halves.append(two)
-            accepted.append(keep)
-        return Mixture(*map(torch.cat, zip(*halves))), torch.cat(accepted)
+        row = torch.arange(size[u, k].max(), device=x.device)
+        weight = (row < size[u, k]).to(x.dtype)  # (S, longest)
+        x = x[u, by_owner[u, (first[u, k] + row).clamp(max=n - 1)]]  # (S, longest, D)
+        # Start: the cut across the widest direction with most variance between its sides. The mean may split a level.
+        one = hard_m_step(x, torch.zeros_like(weight), 1, self.d_max, weight)
+        along, order = (((x - one.mu) @ one.q[:, 0, :, :1])[..., 0] * weight).sort(dim=1, stable=True)  # (S, longest)
+        left = weight.gather(1, order).cumsum(1)  # (S, longest): samples up to here
+        right = weight.sum(1, keepdim=True) - left
+        between = along.cumsum(1).square() * (1 / left.clamp(min=1) + 1 / right.clamp(min=1)) * (right > 0)
+        above = torch.zeros_like(order).scatter_(1, order, (row > between.argmax(1, keepdim=True)).long())
+        # BIC: the halves keep their cluster's d_k, or new directions of mere noise would count against a good split.
+        d = one.d.expand(-1, 2) if self.accept == "bic" else None
+        two = em(x, hard_m_step(x, above, 2, self.d_max, weight, d), self.max_iter, self.tol, d, weight=weight)[0]
+        accepted = two.mask.all(1)
+        if self.accept == "bic":
+            # Free numbers of a component: weight, mean, b, the a_j, d orthonormal directions. The unit's BIC improves
+            # by gain - (what is added) log n, as far as other clusters' densities vanish on these samples.
+            one_free, two_free = ((2 + D + m.d + m.d * (D - (m.d + 1) / 2)).sum(1) for m in (one, two))
+            gain = 2 * (e_step(x, two, weight)[1] - e_step(x, one, weight)[1])  # (S,)
+            accepted = accepted & (gain > (two_free - one_free) * math.log(n))
+        return two, accepted
 
     def _filter(self, x, m):
         """Drop clusters of too few samples, which are outliers; the largest always stays."""
@@ -448,13 +435,12 @@ class DyGA(nn.Module):
             r = r.log() - (-u.clamp(min=1e-20).log()).log()
         k = r.argmax(-1)  # (B, N)
         mu = self.anchors[torch.arange(k.shape[1], device=k.device), k]  # (B, N, D)
-        with torch.autocast(c.device.type, enabled=False):
-            x = c.float()
-            # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever the others say.
-            # Here a tenth of the unit's scale is the least denominator.
-            size = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
-            delta = self.lam * (-((x - mu).abs() / size).mean(-1)).exp() * self.live  # (B, N)
-            out = (x + delta[..., None] * (mu - x)).to(c.dtype)
+        x = c.float()  # what follows is elementwise, which autocast leaves in float32
+        # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever the others say.
+        # Here a tenth of the unit's scale is the least denominator.
+        size = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
+        delta = self.lam * (-((x - mu).abs() / size).mean(-1)).exp() * self.live  # (B, N)
+        out = (x + delta[..., None] * (mu - x)).to(c.dtype)
         return (out, delta) if return_delta else out
 
     def delta(self, c):
@@ -464,15 +450,9 @@ class DyGA(nn.Module):
     forward = align
 
 
-# ---- python dyga.py ----
-
-
 def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
-    """Units like the extractor's: a scalar of levels[i] equally likely values (0: continuous) through a random MLP.
-
-    noise: added to the result, in scales of the unit; jitter: to the scalar, in steps between levels. Returns the units
-    (n, N, dim) and the samples' levels (n, N) int64.
-    """
+    """Units (n, N, dim) like the extractor's, a scalar of levels[i] equally likely values (0: continuous) through a
+    random MLP, and which value it was (n, N). noise: of the unit, in its scales; jitter: of the scalar, in steps."""
     N, count = len(levels), torch.tensor(levels)
     u = torch.rand(n, N, generator=generator)
     level = (u * count).long()
@@ -481,44 +461,39 @@ def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
     for d_in, d_out in ((1, 64), (64, 64), (64, dim)):
         w = torch.randn(N, d_in, d_out, generator=generator) * (2 / d_in) ** 0.5
         h = torch.relu(h @ w + torch.randn(N, 1, d_out, generator=generator))  # (N, n, d_out)
-    size = h.var(1).mean(-1).sqrt().clamp(min=0.1)  # (N,)
-    h = h + noise * size[:, None, None] * torch.randn(h.shape, generator=generator)
-    return h.transpose(0, 1), level
+    scale = h.var(1).mean(-1).sqrt().clamp(min=0.1)[:, None, None]  # (N, 1, 1)
+    return (h + noise * scale * torch.randn(h.shape, generator=generator)).transpose(0, 1), level
 
 
 def main():
     """Fit toy units by both rules, print the anchors found, and draw one unit before and after alignment."""
     from PIL import Image, ImageDraw
-
     names = ["constant", "2 levels", "3 levels", "5 levels", "8 levels", "12 levels", "continuous"]
-    c, _ = toy_units([1, 2, 3, 5, 8, 12, 0], 4_000, torch.Generator().manual_seed(0), noise=0.03, jitter=0.02)
+    c = toy_units([1, 2, 3, 5, 8, 12, 0], 4_000, torch.Generator().manual_seed(0), noise=0.03, jitter=0.02)[0]
     c[:, 0] = c[0, 0]
     paper, bic = DyGA(len(names)).fit(c), DyGA(len(names), k_init=1, accept="bic", lam=0.5).fit(c)
     print("unit          anchors, the paper's rule     anchors, k_init 1 and accept bic")
     for name, always, grown in zip(names, paper.mask.sum(1).tolist(), bic.mask.sum(1).tolist()):
         print(f"{name:14}{always:<30}{grown}")
 
-    unit = 3
+    unit = names.index("5 levels")
     owner, anchors = bic.responsibilities(c)[:, unit].argmax(-1).tolist(), bic.anchors[unit][bic.mask[unit]]  # (K, D)
     before, after = c[:, unit], bic.align(c)[:, unit]  # (n, D)
     axes = torch.linalg.svd(before - before.mean(0), full_matrices=False).Vh[:2].T  # (D, 2): the widest directions
     low, high = (before @ axes).amin(0), (before @ axes).amax(0)
-    image = Image.new("RGB", (840, 470), "white")
+    image = Image.new("RGB", (840, 450), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((20, 12), f"A unit of {names[unit]} in 2-D; crosses: its {len(anchors)} anchors", "black")
-    for left, title, points in ((20, "before alignment", before), (430, "after alignment, lambda = 0.5", after)):
-        draw.text((left, 36), title + "; a colour per anchor", "black")
-        draw.rectangle((left, 54, left + 390, 454), outline="grey")
+    for left, title, points in ((20, "before", before), (430, "after, lambda = 0.5", after)):
+        draw.text((left, 14), f"{names[unit]}, {len(anchors)} anchors (+), in 2-D, coloured by anchor; {title}", "black")
+        draw.rectangle((left, 34, left + 390, 434), outline="grey")
         place = torch.cat([points, anchors]) @ axes  # (n + K, 2)
-        place = ((place - low) / (high - low) * 360 + torch.tensor([left + 15, 74])).tolist()
+        place = ((place - low) / (high - low) * 360 + torch.tensor([left + 15, 54])).tolist()
         for (px, py), k in zip(place, owner):
             draw.ellipse((px - 1, py - 1, px + 1, py + 1), f"hsl({360 * k // len(anchors)}, 75%, 45%)")
         for px, py in place[len(points):]:
-            draw.line((px - 6, py, px + 6, py), "black", 2)
-            draw.line((px, py - 6, px, py + 6), "black", 2)
+            draw.line((px - 6, py, px, py, px, py - 6, px, py + 6, px, py, px + 6, py), "black", 2)
     Path("out").mkdir(exist_ok=True)
     image.save("out/dyga.png")
-    print("wrote out/dyga.png")
 
 
 if __name__ == "__main__":

@@ -132,8 +132,9 @@ def test_the_likelihood_never_falls_within_a_run_although_d_is_chosen_anew(seed)
 
 def test_the_reported_likelihood_of_a_float32_fit_falls_by_rounding_at_most():
     model, c, _ = fitted((1, 4, 12, 0), tol=-1)
+    # A cost is a difference of numbers of the size D / FLOOR = 32,000, which float32 rounds to 1e-3 or so.
     for history in model.report["log_likelihood"].values():
-        assert len(history) == model.max_iter and (history.diff(dim=0) >= -1e-4 * len(c)).all()
+        assert len(history) == model.max_iter and (history.diff(dim=0) >= -1e-3 * len(c)).all()
 
 
 def test_a_unit_is_fitted_alike_alone_and_among_others_and_converges_by_itself():
@@ -266,9 +267,8 @@ def test_100_000_samples_fit_in_bounded_memory():
     c, _ = toy_units([3, 0], 100_000, generator(), dim=8)
     model = DyGA(2, dim=8, k_init=4, k_max=8, max_iter=5).fit(c)
     assert model.mask.sum(1).min() >= 3
-    biggest = max(c[:, :, None][:, s].shape[0] for s in [slice(0, 1)]) and max(
-        s.stop - s.start for s in dyga.chunks(c.transpose(0, 1), 8))
-    assert biggest <= 2**15  # a pass looks at this many samples at once, however many there are
+    # A pass looks at this many samples of all units at once, however many there are.
+    assert max(s.stop - s.start for s in dyga.chunks(c.transpose(0, 1), 8)) * 2 <= 2**15
 
 
 def test_nan_inf_and_wrong_shapes_raise_an_error_that_names_the_unit():
@@ -282,7 +282,7 @@ def test_nan_inf_and_wrong_shapes_raise_an_error_that_names_the_unit():
         with pytest.raises(ValueError, match="expected floats of shape"):
             model.fit(wrong)
     for options in (dict(accept="aic"), dict(k_init=0), dict(k_init=9, k_max=8), dict(dim=1)):
-        with pytest.raises(ValueError, match="must be|needed"):
+        with pytest.raises(ValueError, match="expected 'always' or 'bic', 1 <= k_init <= k_max, dim >= 2"):
             DyGA(3, **options)
 
 
@@ -295,13 +295,11 @@ def test_fitting_is_repeatable_and_leaves_the_global_random_state_alone():
     assert not torch.equal(a.anchors, other.anchors)
 
 
-def test_anchors_are_the_same_after_shifting_and_scaling_a_unit():
+def test_shifting_and_scaling_a_unit_shifts_and_scales_its_anchors():
     c, _ = toy_units([4], 1000, generator())
-    c = c.double()
-    model, moved = DyGA(1).fit(c), DyGA(1).fit(8 * c - 3)
+    model, moved = DyGA(1).fit(c.double()), DyGA(1).fit(8 * c.double() - 3)
     assert torch.equal(model.mask, moved.mask)
-    assert torch.allclose(8 * model.anchors - 3, moved.anchors * moved.mask[..., None] - 3 * ~moved.mask[..., None],
-                          atol=1e-3)
+    assert torch.allclose(8 * model.anchors[model.mask] - 3, moved.anchors[moved.mask], atol=1e-3)
 
 
 def test_half_precision_autocast_does_not_change_the_fit():
@@ -392,12 +390,11 @@ def test_gumbel_draws_anchors_with_their_responsibilities():
     assert model.align(many).unique(dim=0).shape[0] == 1  # without noise, the same each time
 
 
-def test_alignment_compiles_into_one_graph_and_needs_no_value_from_the_device():
+def test_alignment_compiles_into_one_graph_so_it_waits_for_no_value_from_the_device():
     model, c, _ = fitted((3, 5), n=300)
+    # A .item(), a nonzero or an if on a tensor would break the graph, and then fullgraph raises.
     compiled = torch.compile(model.align, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(c), model.align(c))
-    # On the meta device there are no values: whatever would wait for one (item, bool, nonzero) raises.
-    assert copy.deepcopy(model).to("meta").align(c.to("meta")).shape == c.shape
 
 
 # ---- checkpoint, plug-in, command line ----
@@ -431,6 +428,15 @@ def bars(n, g):
     image = torch.zeros(n, 8, 8)
     image[torch.arange(n), 2 * place] = (bright[:, None] + 1) / 3
     return image + 0.15 * torch.randn(n, 8, 8, generator=g), place * 3 + bright
+
+
+def test_running_the_file_prints_the_anchors_and_draws_the_picture(tmp_path):
+    script = Path(dyga.__file__)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in done.stdout.splitlines()}
+    assert rows["constant"] == ["1", "1"] and rows["5 levels"][1] == "5"
+    assert (tmp_path / "out" / "dyga.png").stat().st_size > 5_000
 
 
 if __name__ == "__main__":  # the table over all seeds: python tests/test_dyga.py

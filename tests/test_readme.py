@@ -1,0 +1,37 @@
+"""The README promises files, flags and line counts; each promise is checked here."""
+
+import re
+import shlex
+from pathlib import Path
+
+import train
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_local_link_and_picture_exists():
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")}
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_every_train_command_parses():
+    commands = re.findall(r"python (train\.py [^\n`#&|]*)", README)
+    assert commands
+    for command in commands:
+        train.build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_every_flag_in_the_text_exists():
+    known = {option for action in train.build_parser()._actions for option in action.option_strings}
+    flags = set(re.findall(r"`(--[a-z_0-9.]+)", README))
+    evaluate = set(re.findall(r'"(--[a-z_0-9]+)"', (ROOT / "evaluate.py").read_text()))
+    assert flags <= known | evaluate, flags - known - evaluate
+
+
+def test_line_counts_of_the_reading_table_are_right_within_a_tenth():
+    rows = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README)
+    assert len(rows) == 7
+    for name, lines in rows:
+        true = len((ROOT / name).read_text().splitlines())
+        assert abs(int(lines) - true) <= true / 10, f"{name} has {true} lines"
