@@ -241,7 +241,7 @@ class DyGA(nn.Module):
                  spread=0.5, split_odds=0.5, min_samples=10, min_fraction=1e-3, tol=1e-4):
         super().__init__()
         if accept not in ("always", "bic") or not 1 <= k_init <= k_max or dim < 2:
-            raise ValueError(f"accept {accept!r}, k_init {k_init}, k_max {k_max}, dim {dim}: expected 'always' or 'bic', "
+            raise ValueError(f"accept {accept!r}, k_init {k_init}, k_max {k_max}, dim {dim}: needed 'always' or 'bic', "
                              "1 <= k_init <= k_max, dim >= 2")
         self.k_init, self.k_max, self.max_iter, self.lam, self.accept = k_init, k_max, max_iter, lam, accept
         self.d_max, self.spread, self.split_odds, self.tol = min(d_max, dim), spread, split_odds, tol
@@ -273,7 +273,8 @@ class DyGA(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         self.report = {"anchors": {}, "log_likelihood": {}}
         with torch.autocast(features.device.type, enabled=False):  # half precision is too coarse for second moments
-            x = features.to(torch.promote_types(features.dtype, torch.float32)).transpose(0, 1).contiguous()  # (N, n, D)
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            x = features.to(dtype).transpose(0, 1).contiguous()  # (N, n, D)
             self._measure(x)
             x = self._normalise(x) * self.live[:, None, None]
             start = plus_plus(x, self.k_init, generator)
@@ -332,8 +333,7 @@ class DyGA(nn.Module):
         used = m.mask.shape[1]
         m = Mixture(*(t[:, torch.arange(K, device=x.device).clamp(max=used - 1)] for t in m))
         m.mask[:, used:] = False
-        # Paper: a split is "also performed arbitrarily", no odds given. Here each cluster of the first EM run has one
-        # chance; a chance in every round would fill all slots.
+        # Paper: also splits "arbitrarily", no odds given. Here each cluster of the first run has one chance, not more.
         lucky = torch.rand(N, K, generator=generator, device=generator.device).to(x.device) < self.split_odds
         lucky, closed = lucky & m.mask, torch.zeros_like(m.mask)  # closed: tried, and not worth it
         while True:
@@ -484,7 +484,7 @@ def main():
     image = Image.new("RGB", (840, 450), "white")
     draw = ImageDraw.Draw(image)
     for left, title, points in ((20, "before", before), (430, "after, lambda = 0.5", after)):
-        draw.text((left, 14), f"{names[unit]}, {len(anchors)} anchors (+), in 2-D, coloured by anchor; {title}", "black")
+        draw.text((left, 14), f"{names[unit]} in 2-D, {len(anchors)} anchors (+), coloured by anchor; {title}", "black")
         draw.rectangle((left, 34, left + 390, 434), outline="grey")
         place = torch.cat([points, anchors]) @ axes  # (n + K, 2)
         place = ((place - low) / (high - low) * 360 + torch.tensor([left + 15, 54])).tolist()

@@ -605,18 +605,6 @@ def figure_units(model, probe, sizes, n=1500):
                 text(draw, x0 + k * w + w / 2, y0 + 18, k, 11, "ma")
     return sheet
 
-def figure_loss(log, out):
-    """Figure 7: the loss in log.jsonl against images seen, as out/loss.png. Returns False if there is no log."""
-    rows = [json.loads(line) for line in log.read_text().splitlines() if '"loss"' in line] if log.is_file() else []
-    rows = [row for row in rows if row.get("stage", 2) == 2]             # stage 1 has a loss of its own
-    xs, ys, smooth = [row["images"] for row in rows], [row["loss"] for row in rows], []
-    for y in ys:  # single values jump, because t is random
-        smooth.append(smooth[-1] + 0.1 * (y - smooth[-1]) if smooth else y)
-    if rows:
-        train.plot_curve(out / "loss.png", {"logged": (xs, ys), "running mean": (xs, smooth)},
-                         "Training loss (Figure 7)", "images seen in stage 2", "loss")
-    return bool(rows)                                                    # whether there is a picture
-
 def traversal(model, ds, probe, idx, noise, steps, units, stops):
     """Pictures for the page's interactive part: images x units x positions, uint8 (I, U, S, 3, H, W).
 
@@ -837,7 +825,9 @@ def draw_figures(model, ds, probe, args, steps, log, out):
     shown, units = idx[:max(2 if quick else 4, named)], np.argsort(-probe.nmi.max(0))[:4 if quick else 12].tolist()
     labels = [f"unit {u} ({probe.names[probe.nmi[:, u].argmax()]}, NMI {probe.nmi[:, u].max():.2f})" for u in units]
     moved = traversal(model, ds, probe, shown, noise, steps, units, stops=5 if quick else 9)
-    return [*made] + ["loss"] * figure_loss(log, out), player(moved, shown.tolist(), labels)
+    if log.is_file():
+        train.loss_picture(log, out / "loss.png")
+    return [*made] + ["loss"] * log.is_file(), player(moved, shown.tolist(), labels)
 
 def main():
     args = build_parser().parse_args()

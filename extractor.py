@@ -45,7 +45,7 @@ class Extractor(nn.Module):
         unit_hidden: widths of the two hidden layers of each unit's private MLP.
         image_size: height and width of the input image.
         shrink: average the image over shrink x shrink pixels first. 1 in the paper; on a CPU, 2 saves most of the
-            CNN's time and loses little, because the scene's factors are large things.
+            CNN's time.
         unit_relu: end every unit in a ReLU, as Table 9 does. Half of a unit's numbers can then be exactly 0.
     """
 

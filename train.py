@@ -6,7 +6,6 @@
 
 Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py needs), log.jsonl, loss.png
 and samples.png (rows: input, stage-1 reconstruction, DDIM sample from the image's own units).
-
 One step of stage 2, as data sees it:
     idx -> x0 (B,3,64,64) -> extractor -> c (B,N,D) -> dyga.align -> c~ (B,N,D) -------.
        `-> frozen stage-1 encoder -> z0 -> add noise eps at time t -> z_t -> unet(z_t, t, c~) = eps^ -> |eps^ - eps|
@@ -24,7 +23,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -63,7 +61,6 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "fit_every": (1, "r: epochs between two fits of the anchors"),
     "fit_images": (20_000, "images whose units the anchors are fitted to (not in the paper)"),
     "ddim_steps": (100, "steps of a DDIM sample"),
-    "compile": (False, "torch.compile the U-Net and the extractor"),
 }
 CHOICES = {"loss": ["l1", "mse"], "t_sampling": ["uniform", "logit_normal"], "anchors": ["dyga", "none"]}
 PRESETS = {
@@ -77,28 +74,27 @@ PRESETS = {
         # The extractor sees the image at 32x32; its private MLPs are a quarter as wide.
         "extractor.n_units": 10, "extractor.shrink": 2, "extractor.channels": [16, 32, 64, 64],
         "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128], "extractor.unit_relu": False,
-        # Widths 8 and 4 are both outside [1, 2], so by the released rule every skip is dropped out.
+        # Widths 8 and 4 are both outside [1, 2]: by the released rule, skip dropout acts on every skip.
         "unet.base": 32, "unet.multipliers": [1, 2], "unet.res_blocks": 1, "unet.attention_at": [1, 2],
         "unet.heads": 4, "unet.self_attention": False, "unet.dropout": 0.0,
         # A squared error learns an object's shape and size earlier than L1 does. Times from the middle of the schedule:
-        # after 250,000 images the units told 0.65 of the object hues apart, 0.12 with uniform times.
+        # after 250,000 images trees told 0.65 of the object hues from the units, 0.12 with uniform times (one seed).
         "loss": "mse", "t_sampling": "logit_normal", "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3,
-        # An epoch is a part of the dataset, or the anchors would be fitted once.
+        # The course ends before one pass over the data. Epochs are shorter, or no anchor would ever act.
         "clip": 1.0, "images": 420_000, "epoch_images": 40_000, "fit_images": 5_000, "ema_half_life": 20_000,
     },
     # For the tests: every part runs, nothing is learnt.
     "tiny": {
-        "vqgan.patch": 4, "vqgan.channels": 16, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1,
-        "vqgan.codebook_size": 64, "stage1.disc_width": 8, "stage1.lr": 2e-3, "stage1.restart_images": 160,
-        "stage1_batch": 16, "stage1_images": 640, "extractor.n_units": 6, "extractor.shrink": 4,
-        "extractor.channels": [8, 16, 16], "extractor.hidden": [32, 32], "extractor.unit_hidden": [16, 16],
-        "unet.base": 16, "unet.multipliers": [1, 2], "unet.res_blocks": 1, "unet.attention_at": [1, 2],
-        "unet.heads": 2, "unet.groups": 4, "lr": 1e-3, "batch": 32, "warmup": 320, "images": 1_280,
-        "ema_half_life": 1_000, "epoch_images": 640, "fit_images": 320, "ddim_steps": 10,
+        "vqgan.patch": 4, "vqgan.channels": 16, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1, "stage1.lr": 2e-3,
+        "vqgan.codebook_size": 64, "stage1.disc_width": 8, "stage1.restart_images": 160, "stage1_batch": 16,
+        "stage1_images": 640, "extractor.n_units": 6, "extractor.shrink": 4, "extractor.channels": [8, 16, 16],
+        "extractor.hidden": [32, 32], "extractor.unit_hidden": [16, 16], "unet.base": 16, "unet.multipliers": [1, 2],
+        "unet.res_blocks": 1, "unet.attention_at": [1, 2], "unet.heads": 2, "unet.groups": 4, "lr": 1e-3, "batch": 32,
+        "images": 1_280, "ema_half_life": 1_000, "epoch_images": 640, "fit_images": 320, "ddim_steps": 10,
     },
 }
-# Section C.1: anchors are fitted every 5 epochs on the small Cars3D, every epoch elsewhere; CelebA's batch is smaller.
-PER_DATASET = {"cars3d": dict(fit_every=5), "celeba": dict(batch=64)}
+# Section C.1, for the paper preset: r is 5 on the small Cars3D; CelebA's batch is smaller, at the same EMA rate a step.
+PER_DATASET = {"cars3d": dict(fit_every=5), "celeba": dict(batch=64, ema_half_life=444_000)}
 
 
 def all_settings():
@@ -121,14 +117,14 @@ def build_parser():
     p.add_argument("--out", help="folder for everything written (default out/DATASET-PRESET)")
     p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
     p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if there")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")  # any that torch knows
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     p.add_argument("--seed", type=int, default=0, help="same seed, same CPU, same numbers")
     p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out, with the settings it holds")
     p.add_argument("--minutes", type=float, help="fit the course into this time; not reproducible to the bit then")
     p.add_argument("--stage1_only", action="store_true", help="stop after stage 1")
     p.add_argument("--stage1_from", metavar="CKPT", help="take stage 1 from this checkpoint of the same data")
     for name, (default, text) in all_settings().items():
-        if isinstance(default, bool):  # --compile and --no-compile
+        if isinstance(default, bool):  # --unet.self_attention and --no-unet.self_attention
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(default, tuple):  # --unet.multipliers 1 2 4 4
             kind = dict(type=int, nargs="+")
@@ -140,13 +136,16 @@ def build_parser():
 
 def settings(args):
     """Flags over dataset over preset over defaults: the run's whole configuration as one plain dict."""
-    auto = "paper" if args.device.type == "cuda" else "laptop"
-    preset = auto if args.preset == "auto" else args.preset
+    preset = {"auto": "paper" if args.device.type == "cuda" else "laptop"}.get(args.preset, args.preset)
     cfg = {name: default for name, (default, _) in all_settings().items()} | PRESETS[preset]  # the right one wins
     if preset == "paper":
         cfg |= PER_DATASET.get(args.dataset, {})
     cfg |= {name: value for name, value in vars(args).items() if name in cfg and value is not None}  # flags
-    return cfg | {"preset": preset, "seed": args.seed, "minutes": args.minutes}
+    cfg |= {"preset": preset, "seed": args.seed, "minutes": args.minutes}
+    for name in ("stage1_images", "stage1_batch", "images", "batch", "ema_half_life", "fit_every", "ddim_steps"):
+        if cfg[name] <= 0:
+            raise UserError(f"--{name} is {cfg[name]}; expected more than 0")
+    return cfg
 
 
 def part(values, name):
@@ -157,7 +156,7 @@ def part(values, name):
 # ---- The model: all four networks, and how they call each other -----------------------------------------------------
 
 
-class Model(nn.Module):
+class Model(torch.nn.Module):
     """Stage 1, extractor, anchors and U-Net together. cfg: a dict of settings. ValueError if they do not fit."""
 
     def __init__(self, cfg):
@@ -170,10 +169,7 @@ class Model(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
     def loss(self, images, z0):
-        """One step of Algorithm 1 for images uint8 (B, 3, H, W) and their latents z0 (B, z, h, w).
-
-        Returns the loss, a scalar, and the mean delta of equation 6, a scalar without gradient.
-        """
+        """Images uint8 (B, 3, H, W), their latents z0 (B, z, h, w) -> loss of equation 2, mean delta of equation 6."""
         c = self.extractor(to_float(images))  # (B, N, D)
         c, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N); before the first fit c comes back as is
         loss = diffusion_loss(self.unet, z0, c, self.alpha_bar, self.cfg["loss"], self.cfg["t_sampling"])
@@ -186,7 +182,7 @@ class Model(nn.Module):
 
     def noise(self, count, generator):
         """Starting noise (count, z, h, w) for `sample`, from a CPU generator, so that every device starts alike."""
-        shape = count, self.vqgan.z_channels, 64 // self.vqgan.factor, 64 // self.vqgan.factor  # (count, z, h, w)
+        shape = count, self.vqgan.z_channels, 64 // self.vqgan.factor, 64 // self.vqgan.factor
         return torch.randn(shape, generator=generator).to(self.alpha_bar.device)
 
     @torch.no_grad()
@@ -210,10 +206,10 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Checkpoint file -> (model in eval mode with averaged weights and their anchors, the checkpoint's dict)."""
+    """Checkpoint file -> (averaged model in eval mode, the checkpoint). Before a course has ended it has no anchors."""
     ckpt = read_checkpoint(path)
     try:
-        if ckpt["stage"] == 1:
+        if not ckpt["images_seen"]:
             raise UserError(f"{path}: holds stage 1 only, expected both; finish the run with train.py --resume first")
         model = Model(ckpt["config"])
         model.load_state_dict(ckpt["model"] | ckpt["average"])  # averaged weights over training ones
@@ -222,24 +218,20 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval(), ckpt
 
 
-def plot_curve(path, series, title, xlabel, ylabel, size=(720, 420)):
-    """Write a line plot as PNG. series: name -> (xs, ys), two lists of numbers; linear axes from least to most."""
-    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=13)
-    draw, (right, bottom), left, top = ImageDraw.Draw(image), (size[0] - 16, size[1] - 46), 64, 34  # of the plot
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in (sum(map(list, axis), []) for axis in zip(*series.values())))
+def loss_picture(log_path, path):
+    """Figure 7: draw stage 2's loss from log.jsonl over images seen, as PNG; one point at 0 if there is none yet."""
+    rows = [json.loads(line) for line in log_path.read_text().splitlines()]
+    curve = [(row["images"], row["loss"]) for row in rows if "loss" in row] or [(0, 0.0)]
+    (x0, x1), (y0, y1) = ((min(axis), max(axis)) for axis in zip(*curve))
+    image, font = Image.new("RGB", (720, 420), "white"), ImageFont.load_default(size=13)
+    draw = ImageDraw.Draw(image)
     for i in range(5):  # grid lines, and the numbers beside them
-        x, y = left + (right - left) * i / 4, bottom + (top - bottom) * i / 4
-        draw.line([(left, y), (right, y)], fill="#dddddd")
-        draw.text((left - 6, y), f"{y0 + (y1 - y0) * i / 4:.3g}", "black", font, anchor="rm")  # right, middle
-        draw.text((x, bottom + 6), f"{x0 + (x1 - x0) * i / 4:,.0f}", "black", font, anchor="mt" if i < 4 else "rt")
-    for i, (name, (xs, ys)) in enumerate(series.items()):
-        colour = ["#1f5fa8", "#c8501e", "#2d8a4b", "#7a3fa0"][i % 4]  # blue, orange, green, violet
-        draw.line([(left + (x - x0) / (x1 - x0 or 1) * (right - left),
-                    bottom + (y - y0) / (y1 - y0 or 1) * (top - bottom)) for x, y in zip(xs, ys)], colour, width=2)
-        draw.text((right - 4, top + 16 * i), name, colour, font, anchor="rt")
-    draw.text((size[0] / 2, 8), title, "black", font, anchor="mt")
-    draw.text((size[0] / 2, size[1] - 8), xlabel, "black", font, anchor="mb")
-    draw.text((4, top - 4), ylabel, "black", font, anchor="lb")
+        x, y = 64 + 160 * i, 374 - 85 * i
+        draw.line([(64, y), (704, y)], fill="#dddddd")
+        draw.text((58, y), f"{y0 + (y1 - y0) * i / 4:.3g}", "black", font, anchor="rm")  # right, middle
+        draw.text((x, 380), f"{x0 + (x1 - x0) * i / 4:,.0f}", "black", font, anchor="mt" if i < 4 else "rt")
+    draw.line([(64 + 640 * (x - x0) / (x1 - x0 or 1), 374 - 340 * (y - y0) / (y1 - y0 or 1)) for x, y in curve], "blue")
+    draw.text((360, 8), "Training loss (Figure 7) over images seen in stage 2", "black", font, anchor="mt")
     with data.replacing(path) as temporary:
         image.save(temporary)
 
@@ -251,15 +243,22 @@ class Run:
     """One training run: the images, the model, and where in the course it is. Its methods are the two stages."""
 
     def __init__(self, args, cfg, ckpt=None):
-        self.cfg, self.out, self.device = cfg, Path(args.out), args.device
+        self.cfg, self.out, self.device, self.clock = cfg, Path(args.out), args.device, time.perf_counter()
         self.log_path, self.ckpt_path = self.out / "log.jsonl", self.out / "ckpt.pt"
         self.data = data.load(args.dataset, args.data_dir, args.source, self.device)  # may raise UserError
         torch.manual_seed(cfg["seed"])  # initial weights, noise, times and dropout all come from here
+        identity = {"name": self.data.name, "source": self.data.source}
+        other = read_checkpoint(args.stage1_from) if args.stage1_from else ckpt
+        if other and other.get("dataset") != identity:
+            raise UserError(f"the checkpoint's images are {other.get('dataset')}, found {identity}; give its --source")
         try:
-            self.model = Model(cfg).to(self.device)
+            self.model = Model(cfg).to(self.device).eval()
             if args.stage1_from:
-                self.model.vqgan.load_state_dict(part(read_checkpoint(args.stage1_from)["model"], "vqgan"))
-        except (ValueError, RuntimeError) as error:
+                self.model.vqgan.load_state_dict(part(other["model"], "vqgan"))
+            # One black image through everything: what does not fit together must fail now, not after stage 1.
+            black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)
+            self.model.sample(self.model.units(black), self.model.vqgan.encode(black), steps=1)
+        except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"these settings do not fit together: {error}") from error
         self.stage1 = Stage1(self.model.vqgan, **part(cfg, "stage1"))  # losses and optimisers of the VQ-GAN
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)  # the EMA, with anchors of its own
@@ -280,6 +279,7 @@ class Run:
 
     def save(self):
         """Write all that the rest of the run depends on, as one file that is always whole; then the pictures."""
+        self.check_finite()
         # The average shares the frozen stage 1 with the model: no need to write it twice.
         average = {k: v for k, v in self.average.state_dict().items() if not k.startswith("vqgan.")}
         state = {
@@ -288,7 +288,7 @@ class Run:
             "stage1_images_seen": self.seen[1], "minutes": sum(self.minutes.values()), "sums": self.sums,
             "stage1_minutes": self.minutes[1], "model": self.model.state_dict(), "average": average,
             "training": (self.stage1 if self.stage == 1 else self.opt).state_dict(), "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []}
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
         with data.replacing(self.ckpt_path) as temporary:
             torch.save(state, temporary)  # plain tensors and values only: weights_only=True must be able to read it
         self.pictures()
@@ -302,18 +302,21 @@ class Run:
         self.average.load_state_dict(ckpt["model"] | ckpt["average"])  # stage 1 from the one, the rest from the other
         (self.stage1 if self.stage == 1 else self.opt).load_state_dict(ckpt["training"])
         torch.set_rng_state(ckpt["rng"])  # the next noise is the one that would have come
-        if ckpt["rng_cuda"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(ckpt["rng_cuda"])
+        if ckpt["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(ckpt["rng_cuda"], self.device)
         # Rows logged after the checkpoint will be made again: cut them off, a torn last row included.
         with open(self.log_path, "ab") as f:
             f.truncate(min(ckpt["log_bytes"], f.tell()))
 
-    def log(self, stage, images, **row):
-        """Append a row to log.jsonl. UserError if its loss is not finite; the last checkpoint is then untouched."""
-        if not all(math.isfinite(row.get(name, 0)) for name in ("loss", "l1")):
+    def check_finite(self):
+        """UserError if a number of the steps since the last row is not finite; the last checkpoint stays as it is."""
+        if not all(math.isfinite(float(value)) for value in self.sums.values()):
             kept = f"last good checkpoint: {self.ckpt_path if self.ckpt_path.exists() else 'none yet'}"
-            flag = "stage1.lr" if stage == 1 else "lr"
-            raise UserError(f"the loss of stage {stage} is not finite at image {images:,}; {kept}; lower --{flag}")
+            flag, seen = "stage1.lr" if self.stage == 1 else "lr", self.seen[self.stage]
+            raise UserError(f"the loss of stage {self.stage} is not finite at image {seen:,}; {kept}; lower --{flag}")
+
+    def log(self, stage, images, **row):
+        """Append a row to log.jsonl."""
         row = {"stage": stage, "images": images, "minutes": round(sum(self.minutes.values()), 3)} | row
         with open(self.log_path, "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -323,12 +326,19 @@ class Run:
         # The sums stay on the device: to read a number at every step, the CPU would have to wait for the GPU.
         self.sums = {name: self.sums.get(name, 0) + value for name, value in (values | {"steps": 1}).items()}
         if self.crosses(stage, max(self.total[stage] // 150, self.batch[stage])):
+            self.check_finite()
             steps = self.sums.pop("steps")  # how many steps were added up
             row = {name: float(value) / steps for name, value in self.sums.items()}  # here the CPU waits
             self.log(stage, self.seen[stage] + self.batch[stage], **row, images_per_s=self.bar.format_dict["rate"])
             shown = ("psnr", "codes_used") if stage == 1 else ("loss", "mean_delta")  # the numbers to watch
             self.bar.set_postfix({name: f"{row[name]:.3f}" for name in shown}, refresh=False)
             self.sums = {}
+
+    def tick(self, stage):
+        """Book all time since the last tick, be it data, steps, fits or pictures, under this stage."""
+        now = time.perf_counter()
+        self.minutes[stage] += (now - self.clock) / 60
+        self.clock = now
 
     def crosses(self, stage, every):
         """Does this step take the count of images over a multiple of `every`?"""
@@ -349,24 +359,23 @@ class Run:
     def course(self, stage):
         """Yield (indices, progress in [0, 1)) until the stage is over, and do all that goes by the clock: bar,
         minutes, checkpoints, pictures, signals. Progress counts images, or with --minutes the time."""
-        budget, total = self.cfg["minutes"], self.total[stage]
-        if budget:  # 4% stay free for the start and the last pictures
-            share = STAGE1_SHARE if stage == 1 or self.minutes[1] else 0.0
-            budget *= share if stage == 1 else 0.96 - share
+        total = self.total[stage]
+        budget = self.cfg["minutes"] if self.seen[stage] < total else None  # a borrowed stage 1 has nothing left to do
+        if budget:  # 4% stay free for the last fit and pictures
+            share = STAGE1_SHARE if stage == 1 or self.seen[1] else 0.0
+            budget = budget * share if stage == 1 else 0.96 * budget - self.minutes[1]
         self.bar = tqdm(total=None if budget else total, initial=self.seen[stage], unit=" images", smoothing=0.05,
                         desc=f"stage {stage}", dynamic_ncols=True)
-        saved = clock = time.perf_counter()  # of the last checkpoint, of the last step
+        saved = time.perf_counter()
         for idx in self.batches(stage):
             progress = self.minutes[stage] / budget if budget else self.seen[stage] / total
             if progress >= 1:
                 return self.bar.close()
             yield idx, progress  # the caller trains on this batch, then we go on
             self.seen[stage] += len(idx)
-            now = time.perf_counter()
-            self.minutes[stage] += (now - clock) / 60  # data, step, checkpoint, pictures: everything
-            clock = now
             self.bar.update(len(idx))
-            if self.stopped_by or now - saved > 60 * SAVE_MINUTES:
+            self.tick(stage)
+            if self.stopped_by or self.clock - saved > 60 * SAVE_MINUTES:
                 self.save()
                 saved = time.perf_counter()
             if self.stopped_by:
@@ -391,10 +400,8 @@ class Run:
         if on_gpu:
             parts = tqdm(torch.arange(len(self.data)).split(500), desc="encoding all images")
             latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, z, h, w)
-        for net in (model.extractor, model.unet):
-            net.train()
-            if cfg["compile"]:
-                net.compile()  # in place: names of weights stay as they are
+        model.extractor.train()
+        model.unet.train()
         for idx, progress in self.course(2):
             seen = self.seen[2] + len(idx)
             warm = min(1.0, seen / max(cfg["warmup"], 1))  # rises to 1
@@ -406,7 +413,7 @@ class Run:
                 loss, delta = model.loss(images, z0)
             self.opt.zero_grad(set_to_none=True)  # no zeros to write, none to add to
             loss.backward()
-            nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"] or math.inf)
+            torch.nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"] or math.inf)
             self.opt.step()
             # Paper: LDM averages the U-Net alone. The extractor is what gets evaluated, so it is averaged too.
             ema_update(self.average.extractor, model.extractor, cfg["ema_half_life"], len(idx), seen)
@@ -421,6 +428,7 @@ class Run:
         """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
         if self.cfg["anchors"] == "none":
             return  # a DyGA that was never fitted hands units on unchanged
+        self.check_finite()
         started, training = time.perf_counter(), model.extractor.training
         model.extractor.eval()  # BatchNorm's running statistics: a unit must not depend on the rest of its batch
         units = torch.cat([model.units(self.data.images(idx)) for idx in self.fit_idx.split(500)])  # (n, N, D)
@@ -441,13 +449,7 @@ class Run:
         title = f"{self.data.name} ({self.data.source}), {self.seen[2]:,} images seen in stage 2"
         with data.replacing(self.out / "samples.png") as temporary:
             data.image_grid(torch.stack(rows), labels[:len(rows)], title=title, scale=2).save(temporary)
-        curve = [json.loads(line) for line in self.log_path.read_text().splitlines() if '"loss"' in line]
-        if curve:
-            points = [row["images"] for row in curve], [row["loss"] for row in curve]
-            plot_curve(self.out / "loss.png", {"training": points}, "Loss (Figure 7)", "images", self.cfg["loss"])
-
-
-# ---- Main -----------------------------------------------------------------------------------------------------------
+        loss_picture(self.log_path, self.out / "loss.png")
 
 
 def pick_device(text):
@@ -474,24 +476,23 @@ def main():
     cfg = ckpt["config"] if ckpt else cfg  # a run goes on with the settings that it began with
     run = Run(args, cfg, ckpt)
     run.out.mkdir(parents=True, exist_ok=True)
-    run.log_path.touch()  # its length goes into every checkpoint
+    if not ckpt:
+        run.log_path.write_bytes(b"")  # rows, if any, are of a run that never saved
     why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
-    kind = "bfloat16" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
-    duration = {"laptop": "about 30 minutes on 2 CPU cores", "tiny": "seconds"}.get(cfg["preset"], "see the bar")
-    if cfg["minutes"]:
-        duration = f"{cfg['minutes']:g} minutes as asked (such a run is not reproducible to the bit)"
+    kind = "bfloat16 in stage 2" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
+    duration = {"laptop": "about 30 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
+    duration = f"{cfg['minutes']:g} minutes as asked (not reproducible to the bit)" if cfg["minutes"] else duration
     print(f"preset {cfg['preset']} ({why}); device {args.device}, {kind}; images: {run.data.source_note}; {duration}")
-
     def stop(signum, frame):  # finish the step, save, leave; a second signal ends the process at once
         run.stopped_by = signal.Signals(signum).name
         signal.signal(signum, signal.SIG_DFL)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     if run.stage == 1:
         run.train_stage1()
     if not args.stage1_only:
         run.train_stage2()
+    run.tick(run.stage)
     run.save()  # the finished run: ckpt.pt and the last pictures
     print(f"done in {sum(run.minutes.values()):.1f} minutes; wrote {run.ckpt_path}, samples.png, loss.png, log.jsonl")
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 
 def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
-    """alpha_bar_t = prod_{s<=t} (1 - beta_s) for t = 0 ... timesteps-1, float32 (timesteps,), falling from near 1 to 0.
+    """alpha_bar_t = prod_{s<=t} (1 - beta_s) for t = 0 ... timesteps-1, float32 (timesteps,), from 0.9985 to 0.0007.
 
     Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means linear in
     sqrt(beta), which adds noise more gently at first than a straight line in beta; the end points are that code's.
@@ -35,7 +35,7 @@ def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
 
 
 def add_noise(z0, eps, t, alpha_bar):
-    """Forward process in one jump: z_t ~ q(z_t | z_0) for latents z0 (B, C, H, W), noise eps alike, and t int64 (B,)."""
+    """Forward process in one jump: z_t ~ q(z_t | z_0) for latents z0 and noise eps (B, C, H, W), and t int64 (B,)."""
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
 
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))  # (B, C, H, W)
 
 
-class Stage(nn.ModuleList):
+class Blocks(nn.ModuleList):
     """A few blocks in a row, each called with the same time, units and list of maps."""
 
     def forward(self, x, time, context, maps):
@@ -195,7 +195,7 @@ class UNet(nn.Module):
         groups: of every GroupNorm, LDM's 32; must divide every width.
         context_dim: D, the length of a latent unit.
         dropout: ordinary dropout inside the residual blocks.
-        skip_dropout: probability 1 - p of section 3.3 that a channel of a skip connection is dropped (0.2).
+        skip_dropout: probability that a channel of a skip connection is dropped (section 3.3 calls it 1 - p).
         skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions are not injected
             through cross attention". With Table 8 that leaves the 2x2 level alone. "released": what made the paper's
             tables. Its code asks whether the feature's WIDTH (16, 8, 4, 2) is in the list of FACTORS [1, 2, 4], and
@@ -205,8 +205,8 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2, attention_at=(1, 2, 4), heads=8,
-                 groups=32, context_dim=32, dropout=0.1, skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
-                 self_attention=True):
+                 groups=32, context_dim=32, dropout=0.1, skip_dropout=0.2, skip_dropout_where="released",
+                 backbone_dropout=0.0, self_attention=True):
         super().__init__()
         if skip_dropout_where not in ("released", "text"):
             raise ValueError(f"skip_dropout_where is {skip_dropout_where!r}; it must be 'released' or 'text'")
@@ -231,13 +231,13 @@ class UNet(nn.Module):
                 width = base * multiplier
                 if factor in attention_at:
                     blocks.append(transformer(width))
-                self.down.append(Stage(blocks))
+                self.down.append(Blocks(blocks))
                 skip_widths.append(width)
             if level < len(multipliers) - 1:
-                self.down.append(Stage([res(width, width, "down")]))
+                self.down.append(Blocks([res(width, width, "down")]))
                 skip_widths.append(width)
                 factor *= 2
-        self.middle = Stage([res(width, width), transformer(width), res(width, width)])
+        self.middle = Blocks([res(width, width), transformer(width), res(width, width)])
         self.up_factors = []  # the downsampling factor at which each up stage takes its skip
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(res_blocks + 1):
@@ -249,7 +249,7 @@ class UNet(nn.Module):
                 if level > 0 and i == res_blocks:
                     blocks.append(res(width, width, "up"))
                     factor //= 2
-                self.up.append(Stage(blocks))
+                self.up.append(Blocks(blocks))
         self.norm_out = nn.GroupNorm(groups, width)
         self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
 

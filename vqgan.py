@@ -6,12 +6,12 @@ codebook of 2,048 such vectors replaces each by its nearest entry, which stops t
 numerical detail; a decoder draws the image from the result. L1 keeps it faithful, a discriminator keeps it sharp.
 
 The diffusion model works on the encoder's output *before* quantisation: smooth numbers are what noise can be added to.
-Decoding quantises first, so whatever small error diffusion leaves is snapped away.
+Decoding quantises first, so an error of less than half the way to the next code is snapped away.
 
     python vqgan.py --dataset shapes3d     # trains stage 1 alone; the same flags as train.py, which owns data and loop
 """
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -137,7 +137,10 @@ class Codebook(nn.Module):
         return z + (e - z).detach(), codebook_loss, commitment_loss
 
     def used(self):
-        """Share of codes in use since the last restart, a 0-dim tensor in [0, 1]: the number to watch for collapse."""
+        """Share of codes in use since the last restart, a 0-dim tensor in [0, 1]: the number to watch for collapse.
+
+        It starts from 0 after each restart; read it where it is highest.
+        """
         return (self.uses > 0).float().mean()
 
     @torch.no_grad()
@@ -257,7 +260,7 @@ class Stage1:
         self.vqgan, self.commitment, self.restart_images = vqgan, commitment, restart_images
         self.disc_weight = disc_weight
         self.lr = lr
-        # Short memories (LDM's) where the loss moves with the discriminator; Adam's usual long ones where it does not.
+        # LDM's short memories where the loss moves with the discriminator, longer ones where it does not.
         betas = (0.5, 0.9) if disc_weight > 0 else (0.9, 0.99)
         self.opt = torch.optim.Adam(vqgan.parameters(), lr=lr, betas=betas)
         self.disc = self.disc_opt = None
@@ -274,7 +277,7 @@ class Stage1:
         """
         self.vqgan.train()
         x = to_float(images)
-        # Constant at first, then linearly to 0 over the second half: most of the sharpness comes at the end.
+        # Paper: says nothing of a schedule. Here: constant, then linearly to 0 over the second half.
         for opt in filter(None, (self.opt, self.disc_opt)):
             opt.param_groups[0]["lr"] = self.lr * min(1.0, 2 * (1 - progress))
         z = self.vqgan.encoder(x)
@@ -336,7 +339,7 @@ class Stage1:
 def main():
     """Hand over to train.py: it owns the images, the loop and the checkpoint, and stops after stage 1."""
     train = Path(__file__).with_name("train.py")
-    sys.exit(subprocess.call([sys.executable, str(train), "--stage1_only", *sys.argv[1:]]))
+    os.execv(sys.executable, [sys.executable, str(train), "--stage1_only", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

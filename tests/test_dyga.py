@@ -1,4 +1,4 @@
-"""Facts about DyGA: HDDC against closed forms, scikit-learn and SciPy; splitting and filtering; alignment (equation 6)."""
+"""Facts about DyGA: HDDC against closed forms, scikit-learn and SciPy; splits and filter; alignment (equation 6)."""
 
 import copy
 import math

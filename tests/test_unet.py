@@ -11,7 +11,8 @@ import unet as U
 
 def small(**options):
     torch.manual_seed(0)
-    settings = dict(base=16, multipliers=(1, 2), res_blocks=1, attention_at=(1, 2), heads=2, groups=4, context_dim=8, dropout=0.0)
+    settings = dict(base=16, multipliers=(1, 2), res_blocks=1, attention_at=(1, 2), heads=2, groups=4, context_dim=8,
+                    dropout=0.0)
     return U.UNet(**(settings | options))
 
 
