@@ -476,8 +476,7 @@ def main():
     cfg = ckpt["config"] if ckpt else cfg  # a run goes on with the settings that it began with
     run = Run(args, cfg, ckpt)
     run.out.mkdir(parents=True, exist_ok=True)
-    if not ckpt:
-        run.log_path.write_bytes(b"")  # rows, if any, are of a run that never saved
+    run.log_path.open("a" if ckpt else "w").close()  # rows that are there without a checkpoint were of a run that died
     why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
     kind = "bfloat16 in stage 2" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
     duration = {"laptop": "about 30 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
