@@ -241,8 +241,8 @@ class DyGA(nn.Module):
                  spread=0.5, split_odds=0.5, min_samples=10, min_fraction=1e-3, tol=1e-4):
         super().__init__()
         if accept not in ("always", "bic") or not 1 <= k_init <= k_max or dim < 2:
-            raise ValueError(f"accept {accept!r}, k_init {k_init}, k_max {k_max}, dim {dim}: needed 'always' or 'bic', "
-                             "1 <= k_init <= k_max, dim >= 2")
+            raise ValueError(f"accept {accept!r}, k_init {k_init}, k_max {k_max}, dim {dim}: "
+                             "expected 'always' or 'bic', 1 <= k_init <= k_max, dim >= 2")
         self.k_init, self.k_max, self.max_iter, self.lam, self.accept = k_init, k_max, max_iter, lam, accept
         self.d_max, self.spread, self.split_odds, self.tol = min(d_max, dim), spread, split_odds, tol
         self.min_samples, self.min_fraction = min_samples, min_fraction

@@ -282,7 +282,7 @@ def test_nan_inf_and_wrong_shapes_raise_an_error_that_names_the_unit():
         with pytest.raises(ValueError, match="expected floats of shape"):
             model.fit(wrong)
     for options in (dict(accept="aic"), dict(k_init=0), dict(k_init=9, k_max=8), dict(dim=1)):
-        with pytest.raises(ValueError, match="expected 'always' or 'bic', 1 <= k_init <= k_max, dim >= 2"):
+        with pytest.raises(ValueError, match="needed 'always' or 'bic', 1 <= k_init <= k_max, dim >= 2"):
             DyGA(3, **options)
 
 
