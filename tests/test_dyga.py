@@ -75,8 +75,9 @@ def test_with_every_direction_kept_em_is_scikit_learns_full_gaussian_mixture():
         with pytest.warns(Warning):  # it warns that it has not converged
             reference.fit(x[i].numpy())
         assert reference.n_iter_ == len(history) == iterations
+        probabilities = reference.predict_proba(x[i].numpy())
         for ours, theirs in ((found.mu[i], reference.means_), (covariance(found)[i], reference.covariances_),
-                             (found.log_pi[i].exp(), reference.weights_), (r[i], reference.predict_proba(x[i].numpy()))):
+                             (found.log_pi[i].exp(), reference.weights_), (r[i], probabilities)):
             assert np.abs(ours.numpy() - theirs).max() < 1e-6
         moments, likelihood = dyga.e_step(x, found, torch.ones_like(x[..., 0]))
         assert math.isclose(likelihood[i] / n, reference.score(x[i].numpy()), rel_tol=1e-9)
