@@ -19,6 +19,8 @@ def test_every_train_command_parses():
     commands = re.findall(r"python (train\.py [^\n`#&|]*)", README)
     assert commands
     for command in commands:
+        if "--help" in command:
+            continue  # it would print the manual and leave
         train.build_parser().parse_args(shlex.split(command)[1:])
 
 
