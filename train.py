@@ -118,7 +118,7 @@ def build_parser():
     p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
     p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if there")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same CPU, same numbers")
+    p.add_argument("--seed", type=int, default=0, help="same seed, CPU and threads: same numbers")
     p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out, with the settings it holds")
     p.add_argument("--minutes", type=float, help="fit the course into this time; not reproducible to the bit then")
     p.add_argument("--stage1_only", action="store_true", help="stop after stage 1")

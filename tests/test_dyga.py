@@ -16,8 +16,6 @@ from sklearn.mixture import GaussianMixture
 import dyga
 from dyga import DyGA, Moments, cost, em, hard_m_step, m_step, scree, toy_units
 
-torch.set_num_threads(1)
-
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
