@@ -415,7 +415,7 @@ def test_running_the_file_prints_the_anchors_and_draws_the_picture(tmp_path):
     assert (tmp_path / "out" / "dyga.png").stat().st_size > 5_000
 
 
-if __name__ == "__main__":  # the table over all seeds: python tests/test_dyga.py
+if __name__ == "__main__":  # the table over all seeds: PYTHONPATH=. python tests/test_dyga.py
     for accept, k_init in (("always", 8), ("bic", 1)):
         rows = [(seed, *row) for seed in range(5) for row in table(accept, k_init, seed)]
         pure = sum(p >= 0.99 for _, _, _, p, _ in rows)
