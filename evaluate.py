@@ -770,12 +770,15 @@ def page(report, config, out, interactive):
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 def names(words):
+    """A flag's comma-separated words as a list."""
     return words.split(",")
 
 def indices(words):
+    """A flag's comma-separated whole numbers as a list."""
     return list(map(int, words.split(",")))
 
 def build_parser():
+    """Every flag with its help."""
     p = data.Parser(description="Score a checkpoint of train.py, draw its figures, and write one page with all of it.")
     p.add_argument("checkpoint", help="ckpt.pt of train.py; nothing else is needed")
     p.add_argument("--out", help="folder for everything written (default: eval, beside the checkpoint)")
@@ -830,6 +833,7 @@ def draw_figures(model, ds, probe, args, steps, log, out):
     return [*made] + ["loss"] * log.is_file(), player(moved, shown.tolist(), labels)
 
 def main():
+    """Check everything, score, draw, and write the report."""
     args = build_parser().parse_args()
     checkpoint = Path(args.checkpoint)
     out = Path(args.out or checkpoint.parent / "eval")
