@@ -100,7 +100,8 @@ def image_grid(images, row_labels=None, col_labels=None, title=None, scale=1):
 
 
 def vector(x, y, z):
-    return torch.tensor([x, y, z], dtype=torch.float32)[:, None]  # (3, 1)
+    """Three numbers as a column, float32 (3, 1)."""
+    return torch.tensor([x, y, z], dtype=torch.float32)[:, None]
 
 
 SIZE, OVER, SQUARE = 64, 3, (64, 64)    # images are 64x64, drawn with OVER samples per pixel and side, at 192x192
@@ -271,6 +272,7 @@ def readable(path, advice):
 
 
 def expect(what, found, expected):
+    """UserError unless found equals expected."""
     if found != expected:
         raise UserError(f"{what}: found {found}, expected {expected}")
 
@@ -456,7 +458,6 @@ def load(dataset, data_dir="data", source="auto", device="cpu"):
     return Dataset(dataset, "official", f"official images, from {npy}", stored(npy, facts, device), facts, device)
 
 
-# ---- main() ---------------------------------------------------------------------------------------------------------
 def sample_grid(data, generator, columns=15):
     """A PIL.Image with one row per factor: it takes its values from left to right, the others stay as in one image."""
     start = data.factors(torch.randint(len(data), (1,), generator=generator))  # (1, F)
@@ -478,11 +479,11 @@ def sample_grid(data, generator, columns=15):
 
 
 def main():
+    """Print what a dataset holds, and draw its sample grid."""
     parser = Parser(description="Say what a dataset holds, and draw a sample grid with one row per factor.")
     parser.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
     parser.add_argument("--data_dir", default="data", help="folder with the official files")
-    parser.add_argument("--source", default="auto", choices=["auto", "official", "rendered"],
-                        help="auto: the official file if it is there, else (shapes3d only) the rendered twin")
+    parser.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if any")
     parser.add_argument("--out", help="picture to write; None means out/data-DATASET.png")
     parser.add_argument("--seed", type=int, default=0, help="picks the image that all rows start from")
     args = parser.parse_args()

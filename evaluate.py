@@ -14,7 +14,6 @@ plain functions that know nothing of this project: score codes of your own with 
 Reading order: codes (images to one number per unit), metrics, figures, report, main.
 """
 
-import argparse
 import base64
 import html
 import inspect
