@@ -483,7 +483,7 @@ def main():
     parser = Parser(description="Say what a dataset holds, and draw a sample grid with one row per factor.")
     parser.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
     parser.add_argument("--data_dir", default="data", help="folder with the official files")
-    parser.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if any")
+    parser.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="official if there")
     parser.add_argument("--out", help="picture to write; None means out/data-DATASET.png")
     parser.add_argument("--seed", type=int, default=0, help="picks the image that all rows start from")
     args = parser.parse_args()
