@@ -46,6 +46,7 @@ from data import UserError
 from unet import ddim
 
 BATCH = 500     # images that go through the extractor at once
+INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 # ---- Codes: from images to one number per unit ----------------------------------------------------------------------
 
@@ -399,6 +400,43 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     trace = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov2 @ root), 0)).sum()  # of (cov1 cov2)^1/2
     return float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace)
 
+def load_inception(data_dir, device):
+    """The Inception network that FID is measured with, or None (and one line) if its file is not in data_dir.
+
+    A copy of the original FID's network as TorchScript, published with StyleGAN2-ADA. A TorchScript file is a program:
+    take it from that address only. UserError if the file is damaged.
+    """
+    path = Path(data_dir) / INCEPTION.rsplit("/", 1)[1]
+    if not path.is_file():
+        print(f"FID left out: {path} is not there; put the file there (91 MB) from {INCEPTION}", flush=True)
+        return None
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        raise UserError(f"{path}: not a readable TorchScript file, expected the one from {INCEPTION}") from error
+
+@torch.no_grad()
+def fid(model, ds, inception, n, steps, seed=0):
+    """Frechet Inception Distance (reference 20) of n generated against n real images; lower is better.
+
+    Paper: does not say what its samples are conditioned on. Here: the aligned units of n images of the dataset, which
+    are not among the n real ones where the dataset is large enough.
+    """
+    if n < 2_048:
+        warnings.warn(f"FID of {n:,} images: far too high below 2,048, the number of features; quote no such value")
+    draw, moments = torch.Generator().manual_seed(seed), []
+    order = torch.randperm(len(ds), generator=draw)
+    for name, idx in (("real", order[:n]), ("generated", order[-n:])):
+        features = []
+        for part in tqdm(idx.split(64), f"FID, {name} images", leave=False, disable=None):
+            images = ds.images(part.to(ds.device))                          # (B, 3, 64, 64)
+            if name == "generated":
+                images = model.sample(model.dyga.align(model.units(images)), model.noise(len(part), draw), steps)
+            features.append(inception(images, return_features=True).cpu().double())         # (B, 2048)
+        features = torch.cat(features).numpy()                              # (n, 2048)
+        moments += [features.mean(0), np.cov(features, rowvar=False)]
+    return frechet_distance(*moments)
+
 def separation(dyga, c, labels, active):
     """How well anchors separate attributes: a number for what Figure 1 shows, before DyGA (c) and after it (c~).
 
@@ -643,6 +681,7 @@ SCORES = {
     "gbt_acc_1000_ratio": ("GBT Acc1000 / Acc", "0.990 +- 0.000", "", "0.888 +- 0.002", ""),
     "gbt_acc_100_ratio": ("GBT Acc100 / Acc", "0.863 +- 0.001", "", "0.757 +- 0.001", ""),
     "tad_tad": ("TAD", "", "", "", "0.954 +- 0.024"),
+    "fid": ("FID (lower is better)", "", "", "", "12.0 +- 1.2"),
 } | {name: (label, "", "", "", "") for name, label in (  # and those of which the paper says nothing
     ("dci_completeness", "DCI completeness"), ("dci_informativeness", "DCI informativeness"),
     ("infomec_infoc", "InfoC"), ("infomec_infoe", "InfoE"), ("gbt_acc", "GBT accuracy, 10,000 labels"),
@@ -784,6 +823,7 @@ def build_parser():
     p.add_argument("--quick", action="store_true",
                    help="smaller sample counts (scores at other counts cannot be compared), fewer pictures, no gbt")
     p.add_argument("--only", type=names, metavar="A,B", help=f"some of {', '.join(METRICS)}, figures (celeba: tad)")
+    p.add_argument("--fid", type=int, default=0, metavar="N", help="FID of N generated images as well; needs a file")
     p.add_argument("--seed", type=int, default=0, help="seed of all samples and of the figures' noise")
     p.add_argument("--seeds", type=int, default=1, metavar="K", help="repeat with K seeds: mean, standard deviation")
     p.add_argument("--images", type=indices, default=[], metavar="I,J", help="images of the figures (default: random)")
@@ -800,6 +840,8 @@ def chosen_parts(args, ds):
         raise UserError(f"--only {','.join(sorted(wrong))}: for {ds.name} choose from {', '.join(apply)}, figures{why}")
     if args.seeds < 1 or args.seed < 0:
         raise UserError(f"--seed {args.seed}, --seeds {args.seeds}: expected at least 0 and 1")
+    if args.fid and not 2 <= args.fid <= len(ds):
+        raise UserError(f"--fid {args.fid}: expected 2 to {len(ds):,}, the images of {ds.name}; best 2,048 and more")
     if any(not 0 <= i < len(ds) for i in args.images):
         raise UserError(f"--images {args.images}: {ds.name} has images 0 to {len(ds) - 1}")
     return args.only or [name for name in apply if not (args.quick and name == "gbt")] + ["figures"]
@@ -843,6 +885,7 @@ def main():
     model, ckpt = train.load_checkpoint(checkpoint, device)
     ds = data.load(ckpt["dataset"]["name"], args.data_dir, ckpt["dataset"]["source"], device)
     parts = chosen_parts(args, ds)                                       # metrics and "figures"
+    inception = load_inception(args.data_dir, device) if args.fid else None
 
     images = f"{ds.name}, rendered twin" if ds.source == "rendered" else f"{ds.name}, {ds.source}"
     print(f"{checkpoint}: {ckpt['images_seen']:,} images in {ckpt['minutes']:.1f} minutes; {images}", flush=True)
@@ -868,6 +911,9 @@ def main():
     if "tad" in parts:
         report["scores"] |= score_rows("tad", lambda seed: tad(probe.scalars, probe.factors), [args.seed],
                                        {"images": len(probe.idx)})
+    if inception:
+        report["scores"] |= score_rows("fid", lambda seed: fid(model, ds, inception, args.fid, steps, seed),
+                                       range(args.seed, args.seed + args.seeds), {"images": args.fid})
     out.mkdir(parents=True, exist_ok=True)
     if "figures" in parts:
         log = checkpoint.parent / "log.jsonl"

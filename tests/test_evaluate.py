@@ -373,6 +373,50 @@ def test_frechet_distance_closed_forms():
     assert evaluate.frechet_distance(mu, np.diag(e[0]), mu, np.diag(e[1])) == pytest.approx(2)
 
 
+class ColourMeans(torch.nn.Module):
+    """Stands in for the Inception network, whose file cannot be had here: same call, 3 features in place of 2,048."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return images.float().mean([2, 3])
+
+
+def copying_model(brighter):
+    """A model whose "units" are the image itself and whose samples are that image, brighter by a constant."""
+    return SimpleNamespace(units=lambda x: x.float(), dyga=SimpleNamespace(align=lambda c: c),
+                           noise=lambda count, generator: None,
+                           sample=lambda c, noise, steps: (c + brighter).to(torch.uint8))
+
+
+class RandomImages(torch.utils.data.Dataset):
+    device = torch.device("cpu")
+    pixels = torch.randint(200, (130, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def images(self, idx):
+        return self.pixels[idx]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_fid_is_zero_for_the_images_themselves_and_the_squared_shift_of_the_features_for_shifted_ones(tmp_path):
+    torch.jit.script(ColourMeans()).save(str(tmp_path / "inception-2015-12-05.pt"))
+    network = evaluate.load_inception(tmp_path, "cpu")
+    with pytest.warns(UserWarning, match="2,048"):
+        assert evaluate.fid(copying_model(0), RandomImages(), network, 130, 1) == pytest.approx(0, abs=1e-6)
+        assert evaluate.fid(copying_model(7), RandomImages(), network, 130, 1) == pytest.approx(3 * 7 ** 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_without_the_inception_file_fid_is_left_out_in_one_line_and_a_damaged_one_is_refused(tmp_path, capsys):
+    assert evaluate.load_inception(tmp_path, "cpu") is None
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "inception-2015-12-05.pt" in said and "https://" in said
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"not a network")
+    with pytest.raises(data.UserError, match="not a readable TorchScript file"):
+        evaluate.load_inception(tmp_path, "cpu")
+
+
 # ---- from a checkpoint to the page ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -444,7 +488,7 @@ def test_the_page_works_in_a_browser(report, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--only", "mig,no_such_metric"], "no_such_metric"), (["--only", "tad"], "choose from factorvae"),
-    (["--images", "480000"], "0 to 479999"), (["--seeds", "0"], "--seeds 0")])
+    (["--images", "480000"], "0 to 479999"), (["--fid", "1"], "--fid 1"), (["--seeds", "0"], "--seeds 0")])
 def test_a_wrong_flag_is_one_line_and_nothing_is_written(checkpoint, tmp_path, monkeypatch, arguments, words):
     command = ["evaluate.py", str(checkpoint), "--device", "cpu", "--out", str(tmp_path / "new"), *arguments]
     monkeypatch.setattr(sys, "argv", command)
@@ -467,7 +511,7 @@ def test_a_missing_checkpoint_and_an_out_that_is_a_file_are_one_line(checkpoint,
 def test_grid_metrics_are_refused_for_celeba_in_one_sentence():
     celeba = SimpleNamespace(name="celeba", __len__=lambda: 9)
     with pytest.raises(data.UserError, match="dci: for celeba choose from tad, figures"):
-        evaluate.chosen_parts(SimpleNamespace(only=["dci"], images=[], seed=0, seeds=1), celeba)
+        evaluate.chosen_parts(SimpleNamespace(only=["dci"], images=[], seed=0, seeds=1, fid=0), celeba)
 
 
 def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():
