@@ -245,28 +245,33 @@ class Stage1:
 
     Args:
         vqgan: the VQGAN to train, on its device.
-        lr: of both Adam optimisers.
+        lr: of both optimisers.
         disc_weight: 0.75 in Table 7; 0 leaves the discriminator out altogether (the off switch).
         disc_width: width of the discriminator's first layer.
         commitment: weight of the encoder's term; the codes' term has Table 7's weight 1.0.
         restart_images: images between two rescues of unused codes.
+        optimizer: class of the VQ-GAN's optimiser, with AdamW's arguments; the discriminator's is AdamW.
 
     Paper: LDM adds a perceptual (LPIPS) loss, whose VGG weights are a download. This code downloads nothing, so that
     loss is absent, openly, in place of a network that silently failed to load.
     """
 
-    def __init__(self, vqgan, lr=2e-4, disc_weight=0.75, disc_width=64, commitment=0.25, restart_images=100_000):
+    def __init__(self, vqgan, lr=2e-4, disc_weight=0.75, disc_width=64, commitment=0.25, restart_images=100_000,
+                 optimizer=torch.optim.AdamW):
         device = vqgan.last_weight().device
         self.vqgan, self.commitment, self.restart_images = vqgan, commitment, restart_images
         self.disc_weight = disc_weight
         self.lr = lr
         # LDM's short memories where the loss moves with the discriminator, longer ones where it does not.
         betas = (0.5, 0.9) if disc_weight > 0 else (0.9, 0.99)
-        self.opt = torch.optim.Adam(vqgan.parameters(), lr=lr, betas=betas)
+        # The codes are a table, no layer that maps one space to another: Muon must leave them to AdamW.
+        parts = [dict(params=[*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]),
+                 dict(params=vqgan.codebook.parameters(), orthogonalise=False)]
+        self.opt = optimizer(parts, lr=lr, betas=betas, weight_decay=0.0, fused=True)
         self.disc = self.disc_opt = None
         if disc_weight > 0:
             self.disc = PatchDiscriminator(disc_width).to(device)
-            self.disc_opt = torch.optim.Adam(self.disc.parameters(), lr=lr, betas=betas)
+            self.disc_opt = torch.optim.AdamW(self.disc.parameters(), lr=lr, betas=betas, weight_decay=0.0)
 
     def step(self, images, images_seen, progress):
         """Train on images uint8 (B, 3, H, W), after `images_seen` others, `progress` in [0, 1) through the stage.
@@ -279,7 +284,8 @@ class Stage1:
         x = to_float(images)
         # Paper: says nothing of a schedule. Here: constant, then linearly to 0 over the second half.
         for opt in filter(None, (self.opt, self.disc_opt)):
-            opt.param_groups[0]["lr"] = self.lr * min(1.0, 2 * (1 - progress))
+            for group in opt.param_groups:
+                group["lr"] = self.lr * min(1.0, 2 * (1 - progress))
         z = self.vqgan.encoder(x)
         if images_seen // self.restart_images != (images_seen - len(x)) // self.restart_images:
             # The first batch too: it puts the codes where the encoder's outputs are, so that none starts dead.

@@ -1,5 +1,6 @@
 """Facts about the U-Net (Table 8), skip dropout (equation 7), the noise schedule, DDIM and the averaged weights."""
 
+import copy
 import math
 
 import pytest
@@ -151,3 +152,56 @@ def test_after_one_half_life_the_average_has_come_half_way():
     for step in range(100):  # 100 batches of 10 images: one half-life of 1,000, long after the warm-up
         U.ema_update(average, module, half_life=1000, batch=10, images_seen=1_000_000 + 10 * step)
     torch.testing.assert_close(average.weight, torch.full((2, 3), 0.5), rtol=1e-4, atol=0)
+
+
+def test_orthogonalise_keeps_singular_vectors_and_brings_singular_values_near_one():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 8, 20), (3, 20, 8)):
+        x = torch.randn(shape, generator=generator)
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        turned = u.mT @ U.orthogonalise(x) @ v.mT  # in the basis of x's singular vectors: diagonal
+        values = turned.diagonal(dim1=1, dim2=2)
+        assert (turned - torch.diag_embed(values)).abs().max() < 1e-4
+        assert 0.5 < values.min() and values.max() < 1.3
+
+
+def muon_and_adamw(shape, **group):
+    """A weight of this shape after one step of either optimiser with the same gradient, and what each changed."""
+    generator, changes = torch.Generator().manual_seed(1), []
+    start, gradient = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    for optimizer in (U.Muon, torch.optim.AdamW):
+        p = torch.nn.Parameter(start.clone())
+        p.grad = gradient.clone()
+        optimizer([dict(params=[p], **group)], lr=0.01, weight_decay=0.0).step()
+        changes.append(p.detach() - start)
+    return changes
+
+
+def test_muon_is_adamw_for_vectors_and_for_groups_that_ask_for_it():
+    assert torch.equal(*muon_and_adamw((7,)))
+    assert torch.equal(*muon_and_adamw((4, 6), orthogonalise=False))
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (8, 4, 3, 3), (5, 4, 16)])  # linear, convolution, five units' layers
+def test_a_muon_step_moves_all_directions_alike_and_is_a_fifth_of_lr_in_root_mean_square(shape):
+    change, _ = muon_and_adamw(shape)
+    matrices = change if len(shape) == 3 else change.flatten(1)[None]
+    values = torch.linalg.svdvals(matrices)
+    assert values.max() / values.min() < 2.5  # a Gaussian gradient's own ratio here is up to 7
+    assert change.square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.15)
+
+
+def test_muon_goes_on_after_a_checkpoint_as_if_nothing_had_been():
+    def run(stop):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        opt = U.Muon(net.parameters(), lr=0.01)
+        for step in range(6):
+            if step == stop:
+                state, opt = copy.deepcopy(opt.state_dict()), U.Muon(net.parameters(), lr=0.01)
+                opt.load_state_dict(state)
+            opt.zero_grad()
+            net(torch.ones(3, 4)).square().sum().backward()
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+    assert torch.equal(run(stop=3), run(stop=None))
