@@ -34,6 +34,26 @@ class UnitLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)  # (N, 1, out) + (N, B, in) @ (N, in, out) -> (N, B, out)
 
 
+class FSQ(nn.Module):
+    """Finite scalar quantisation (Mentzer et al. 2023), Table 11's rival of DyGA: c (B, N, D) -> (B, N, D).
+
+    A unit is mapped linearly to a few numbers, each of these is rounded to one of `levels` evenly spaced values, and
+    the result is mapped back. With the paper's levels (8, 5, 5) a unit can take 200 values: as many as DyGA's anchors
+    or more, but where they lie is fixed beforehand, whatever the attributes are.
+    Paper: does not say whether all units share the two maps; here they do, as in common implementations.
+    """
+
+    def __init__(self, dim, levels):
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
+        self.register_buffer("steps", torch.tensor(levels) - 1.0, persistent=False)  # (L,) from lowest to highest value
+
+    def forward(self, c):
+        z = self.down(c).sigmoid() * self.steps  # (B, N, L), each between 0 and its number of steps
+        z = z + (z.round() - z).detach()  # rounded, but with the gradient of what was not (straight through)
+        return self.up(2 * z / self.steps - 1)  # (B, N, D), from values in [-1, 1]
+
+
 class Extractor(nn.Module):
     """Image -> latent units c. Table 9 with the default arguments.
 
@@ -47,10 +67,11 @@ class Extractor(nn.Module):
         shrink: average the image over shrink x shrink pixels first. 1 in the paper; on a CPU, 2 saves most of the
             CNN's time.
         unit_relu: end every unit in a ReLU, as Table 9 does. Half of a unit's numbers can then be exactly 0.
+        fsq_levels: quantise the units with FSQ of these levels; () does not.
     """
 
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256), hidden=(4096, 256),
-                 unit_hidden=(256, 512), image_size=64, shrink=1, unit_relu=True):
+                 unit_hidden=(256, 512), image_size=64, shrink=1, unit_relu=True, fsq_levels=()):
         super().__init__()
         self.shrink, self.unit_relu = shrink, unit_relu
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: the table's own
@@ -71,6 +92,7 @@ class Extractor(nn.Module):
         self.to_scalars = nn.Sequential(*dense)
         unit_widths = [1, *unit_hidden, unit_dim]
         self.unit_mlp = nn.ModuleList(UnitLinear(n_units, a, b) for a, b in zip(unit_widths[:-1], unit_widths[1:]))
+        self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
 
     def scalars(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> one scalar per unit (B, N): all that a unit knows of the image."""
@@ -86,7 +108,7 @@ class Extractor(nn.Module):
         h = self.unit_mlp[-1](h)  # (N, B, D)
         if self.unit_relu:
             h = F.relu(h)
-        return h.transpose(0, 1)  # (B, N, D)
+        return self.fsq(h.transpose(0, 1))  # (B, N, D)
 
     def forward(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> latent units c (B, N, D)."""

@@ -7,10 +7,12 @@ Every number is the median of several runs after a warm-up, in this process, on 
 shared machine trust the ratios (measured in one run), not the seconds.
 """
 
+import copy
 import statistics
 import sys
 import tempfile
 import time
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import dyga  # noqa: E402
 import train  # noqa: E402
+import unet  # noqa: E402
 
 
 def median_seconds(f, runs=5, warmup=1):
@@ -42,17 +45,87 @@ def bench_data():
         yield f"render, batch {batch}", f"{batch / median_seconds(lambda: ds.images(idx)):,.0f} images/s", ""
 
 
-def laptop(**changes):
-    args = train.build_parser().parse_args(["--dataset", "shapes3d", "--preset", "laptop"])
+def preset(name):
+    """A model of this preset, untrained."""
+    args = train.build_parser().parse_args(["--dataset", "shapes3d", "--preset", name])
     args.device = torch.device("cpu")
-    return train.Model(train.settings(args) | changes)
+    return train.Model(train.settings(args))
+
+
+class PlainAttention(torch.nn.Module):
+    """The peer of unet.Attention: a product each for queries, keys and values, and the softmax written out."""
+
+    def __init__(self, ours):
+        super().__init__()
+        dim, context_dim, self.heads = ours.to_q.in_features, ours.to_kv.in_features, ours.heads
+        self.q, self.out = torch.nn.Linear(dim, dim, bias=False), torch.nn.Linear(dim, dim)
+        self.k, self.v = (torch.nn.Linear(context_dim, dim, bias=False) for _ in range(2))
+
+    def forward(self, x, context=None, maps=None):
+        context = x if context is None else context
+        q, k, v = (f(y).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, L or N, C/heads)
+                   for f, y in ((self.q, x), (self.k, context), (self.v, context)))
+        attention = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (B, heads, L, N)
+        return self.out((attention @ v).transpose(1, 2).flatten(2))
+
+
+class PlainUnits(torch.nn.Module):
+    """The peer of the extractor's batched private MLPs: a list of networks, called one after the other."""
+
+    def __init__(self, ours):
+        super().__init__()
+        widths = [ours.unit_mlp[0].weight.shape[1], *(layer.weight.shape[2] for layer in ours.unit_mlp)]
+        self.last = torch.nn.ReLU() if ours.unit_relu else torch.nn.Identity()
+        self.nets = torch.nn.ModuleList(torch.nn.Sequential(*(
+            layer for a, b in zip(widths, widths[1:]) for layer in (torch.nn.Linear(a, b), torch.nn.ReLU())))[:-1]
+            for _ in range(ours.unit_mlp[0].weight.shape[0]))
+
+    def forward(self, s):
+        return torch.stack([self.last(net(s[:, u:u + 1])) for u, net in enumerate(self.nets)], 1)  # (B, N, D)
+
+
+def plain(model):
+    """Rebuild a model of train.py in the plainest PyTorch form of the same networks."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "Attention":
+                setattr(module, name, PlainAttention(child))
+    model.extractor.expand = PlainUnits(model.extractor)
+    model.extractor.unit_mlp = None
+    return model
+
+
+def stepper(model, batch, fast):
+    """A function that does one training step of stage 2 on latents that are at hand, in our form or the plain one."""
+    images = torch.randint(256, (batch, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        z0 = model.vqgan.encode(images)
+    average = copy.deepcopy(model).requires_grad_(False)
+    parameters = [*model.extractor.parameters(), *model.unet.parameters()]
+    opt = torch.optim.AdamW(parameters, lr=1e-4, fused=fast, foreach=False if not fast else None)
+    model.train()
+
+    def step():
+        loss, _ = model.loss(images, z0)
+        opt.zero_grad(set_to_none=fast)
+        loss.backward()
+        opt.step()
+        if fast:
+            for name in ("extractor", "unet"):
+                unet.ema_update(getattr(average, name), getattr(model, name), 20_000, batch, 100_000)
+        else:
+            with torch.no_grad():
+                for mean, new in zip(average.parameters(), model.parameters()):
+                    mean.mul_(0.999).add_(new, alpha=0.001)
+    return step
 
 
 def bench_step():
-    """One training step of the laptop preset, and its parts."""
-    ds, model = data.load("shapes3d", source="rendered"), laptop()
+    """One training step of the laptop preset and its parts; then against the plainest PyTorch form, in both sizes."""
+    ds, model = data.load("shapes3d", source="rendered"), preset("laptop")
+    model.train()
     batch = model.cfg["batch"]
-    opt = torch.optim.AdamW([*model.extractor.parameters(), *model.unet.parameters()], lr=1e-4, fused=True)
+    opt = unet.Muon([*model.extractor.parameters(), *model.unet.parameters()], lr=1e-4, fused=True)
     idx = torch.randint(len(ds), (batch,))
     images = ds.images(idx)
     z0 = model.vqgan.encode(images)
@@ -61,18 +134,33 @@ def bench_step():
         loss, _ = model.loss(ds.images(idx), model.vqgan.encode(images))
         opt.zero_grad(set_to_none=True)
         loss.backward()
+        gradients = [p.grad for p in opt.param_groups[0]["params"]]
+        opt.step()
+        return gradients
+
+    def update():
+        for p, gradient in zip(opt.param_groups[0]["params"], gradients):
+            p.grad = gradient  # Muon takes gradients away
         opt.step()
 
-    whole = median_seconds(step)
-    yield f"step, batch {batch}", f"{batch / whole:.0f} images/s", ""
+    gradients, whole = step(), median_seconds(step)
+    yield f"step, laptop, batch {batch}", f"{batch / whole:.0f} images/s", ""
     for name, f in (("data", lambda: ds.images(idx)), ("stage-1 encoder", lambda: model.vqgan.encode(images)),
-                    ("forward", lambda: model.loss(images, z0)), ("optimiser", opt.step)):
-        yield f"  {name}", f"{median_seconds(f) * 1e3:.1f} ms", f"{median_seconds(f) / whole:.0%} of the step"
+                    ("forward", lambda: model.loss(images, z0)), ("optimiser", update)):
+        seconds = median_seconds(f)
+        yield f"  {name}", f"{seconds * 1e3:.1f} ms", f"{seconds / whole:.0%} of the step"
+    for name, batch in (("laptop", 64), ("paper", 8)):
+        steps = [stepper(preset(name), batch, True), stepper(plain(preset(name)), batch, False)]
+        # Turn by turn, so that a busy moment of the machine meets both.
+        times = [[median_seconds(f, 1, int(turn == 0)) for f in steps] for turn in range(9)]
+        ours, theirs = (statistics.median(column) for column in zip(*times))
+        yield f"step with AdamW, {name} size, batch {batch}", f"{batch / ours:.1f} images/s", (
+            f"{theirs / ours:.2f} times as fast as the plain form")
 
 
 def bench_sampling():
     """DDIM sampling, 100 steps, and saving and loading a checkpoint."""
-    model = laptop().eval()
+    model = preset("laptop").eval()
     c, noise = torch.randn(16, model.cfg["extractor.n_units"], 32), model.noise(16, torch.Generator().manual_seed(0))
     yield "DDIM, 100 steps", f"{16 / median_seconds(lambda: model.sample(c, noise, 100), 3):.1f} images/s", ""
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +175,7 @@ def bench_sampling():
 
 def bench_dyga():
     """A whole fit, aligning a batch, and one EM iteration against scikit-learn's GaussianMixture on the same units."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     torch.manual_seed(0)
@@ -98,14 +187,19 @@ def bench_dyga():
         model = dyga.DyGA(N, D)
         seconds = median_seconds(lambda: model.fit(units[:count]), 1, 0)
         yield f"fit, {N} units x {count:,} samples", f"{seconds:.1f} s", ""
-    iterations = sum(len(h) for h in model.report["log_likelihood"].values())
-    K = int(model.mask.sum(1).float().mean())
-    theirs = GaussianMixture(K, covariance_type="full", max_iter=2, tol=0, init_params="random_from_data", reg_covar=1e-4)
-    start = time.perf_counter()
-    theirs.fit(units[:, 0].numpy())
-    per_iteration = (time.perf_counter() - start) / theirs.n_iter_ * N
-    yield f"  per EM iteration, {K} components", f"{seconds / iterations:.2f} s", (
-        f"{per_iteration / (seconds / iterations):.0f} times faster than scikit-learn ({per_iteration:.1f} s)")
+    x = (units - units.mean(0)).transpose(0, 1).contiguous()  # (N, n, D)
+    for K in (12, 32):  # EM alone, as many components and iterations on both sides
+        nearest = dyga.plus_plus(x, K, torch.Generator().manual_seed(0))
+        start = dyga.hard_m_step(x, nearest, K, 8, torch.ones_like(x[..., 0]))
+        ours = median_seconds(lambda: dyga.em(x, start, max_iter=5, tol=-1.0), 1, 0) / 5
+        theirs = GaussianMixture(K, covariance_type="full", max_iter=1, tol=0, init_params="random_from_data",
+                                 reg_covar=1e-4, warm_start=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # five iterations are not meant to converge
+            theirs.fit(units[:, 0].numpy())  # the first call also starts the mixture
+            peer = median_seconds(lambda: theirs.fit(units[:, 0].numpy()), 5, 0) * N
+        yield f"  per EM iteration, {K} components", f"{ours:.2f} s", (
+            f"{peer / ours:.0f} times as fast as scikit-learn ({peer:.1f} s)")
     c = units[:64]
     yield "align, batch 64", f"{median_seconds(lambda: model.align(c), 20) * 1e3:.1f} ms", ""
 

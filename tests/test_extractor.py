@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from extractor import Extractor, UnitLinear
+from extractor import FSQ, Extractor, UnitLinear
 
 
 @pytest.fixture
@@ -52,3 +52,15 @@ def test_units_end_in_a_relu_only_if_asked():
 def test_too_many_halvings_are_refused():
     with pytest.raises(ValueError, match="halvings"):
         Extractor(channels=(4,) * 6, hidden=(8, 8), shrink=4)
+
+
+def test_fsq_rounds_each_unit_to_a_grid_of_the_given_levels_and_lets_gradients_through():
+    torch.manual_seed(0)
+    fsq = FSQ(dim=6, levels=(8, 5, 5))
+    c = 10 * torch.randn(20_000, 1, 6)
+    c.requires_grad_()
+    out = fsq(c)  # (20000, 1, 6)
+    found = len(out.detach().mul(1e4).round().unique(dim=0))
+    assert 150 < found <= 200
+    out.sum().backward()
+    assert (c.grad.abs().amax((1, 2)) > 0).float().mean() > 0.9
