@@ -3,6 +3,7 @@
     python train.py --dataset shapes3d                  # the laptop preset on a CPU, the paper's on a GPU
     python train.py --dataset shapes3d --preset tiny    # seconds: does everything, learns nothing
     python train.py --dataset shapes3d --resume         # go on where the last checkpoint in --out stopped
+    torchrun --nproc_per_node=2 train.py --dataset shapes3d  # stage 2 on two GPUs, or in two processes on a CPU
 
 Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py needs), log.jsonl, loss.png
 and samples.png (rows: input, stage-1 reconstruction, DDIM sample from the image's own units).
@@ -12,18 +13,25 @@ One step of stage 2, as data sees it:
 """
 
 import argparse
+import contextlib
 import copy
+import datetime
 import inspect
 import json
 import math
+import os
 import re
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import data
@@ -125,8 +133,8 @@ def build_parser():
     p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
     p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if there")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    p.add_argument("--seed", type=int, default=0, help="same seed, CPU and threads: same numbers")
-    p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out, with the settings it holds")
+    p.add_argument("--seed", type=int, help="same seed, CPU and threads: same numbers [0]")
+    p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out, with its settings")
     p.add_argument("--minutes", type=float, help="fit the course into this time; not reproducible to the bit then")
     p.add_argument("--stage1_only", action="store_true", help="stop after stage 1")
     p.add_argument("--stage1_from", metavar="CKPT", help="take stage 1 from this checkpoint of the same data")
@@ -148,11 +156,25 @@ def settings(args):
     if preset == "paper":
         cfg |= PER_DATASET.get(args.dataset, {})
     cfg |= {name: value for name, value in vars(args).items() if name in cfg and value is not None}  # flags
-    cfg |= {"preset": preset, "seed": args.seed, "minutes": args.minutes}
+    cfg |= {"preset": preset, "seed": args.seed or 0, "minutes": args.minutes, "stage1_from": args.stage1_from}
     for name in ("stage1_images", "stage1_batch", "images", "batch", "ema_half_life", "fit_every", "ddim_steps"):
         if cfg[name] <= 0:
             raise UserError(f"--{name} is {cfg[name]}; expected more than 0")
     return cfg
+
+
+def refuse_contradictions(args, cfg):
+    """UserError if a flag beside --resume differs from the checkpoint's settings cfg, or if a setting is missing."""
+    # No exception for --images or --minutes: the learning rate follows the course planned at the start, so a longer
+    # course is another run from its first step. Repeating a flag is fine: "the same command and --resume".
+    for name in all_settings().keys() | {"preset", "seed", "minutes"}:
+        if name not in cfg:
+            raise UserError(f"the checkpoint has no setting {name}: it is of another version of train.py; train again")
+    for name, given in vars(args).items():
+        held = list(cfg[name]) if isinstance(cfg.get(name), tuple) else cfg.get(name)
+        if (name in cfg or name == "stage1_from") and given not in (None, "auto", held):
+            began = "without it" if held is None else f"with {held}"
+            raise UserError(f"--{name} {given}: the run to resume began {began}; leave it out, or choose another --out")
 
 
 def part(values, name):
@@ -183,6 +205,8 @@ class Model(torch.nn.Module):
         loss = diffusion_loss(self.unet, z0, c, self.alpha_bar, self.cfg["loss"], self.cfg["t_sampling"])
         return loss, delta.detach().mean()
 
+    forward = loss  # what DistributedDataParallel calls
+
     @torch.no_grad()
     def units(self, images):
         """Images uint8 (B, 3, H, W) -> latent units c (B, N, D), before alignment."""
@@ -204,11 +228,15 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint of train.py, such as out/shapes3d-laptop/ckpt.pt")
     try:
+        # torch.load does not look at the checksums in the file: a flipped bit would become a wrong weight.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # the first damaged part
+                raise zipfile.BadZipFile
         ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may carry
     except Exception as error:  # foreign bytes can fail in any way, and nothing of ours runs inside this try
         raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, cut short, or of "
                         "another program); expected a ckpt.pt of train.py") from error
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT or not isinstance(ckpt.get("config"), dict):
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}, as expected; train it again with this train.py")
     return ckpt
 
@@ -244,6 +272,77 @@ def loss_picture(log_path, path):
         image.save(temporary)
 
 
+# ---- Many processes (torchrun) ---------------------------------------------------------------------------------------
+# K processes split the batches of stage 2, and compute what one process would. Stage 1 is short: every process does all
+# of it. Process 0 alone fits anchors (the others receive them), draws pictures and writes.
+
+
+class Average(torch.autograd.Function):
+    """The mean of a tensor over all processes, by `Average.apply`; so its gradient is the mean of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Average.forward(ctx, gradient)
+
+
+class WholeBatch(TorchFunctionMode):
+    """Within it, a network that sees one K-th of the batch computes as if it saw the whole.
+
+    Random numbers are drawn for the whole batch, of which each process keeps its own rows: noise, times and dropout are
+    those of one process, and the generators of all processes stay equal, so the one in the checkpoint is everybody's.
+    BatchNorm (the extractor's) takes its statistics over all processes, or K would change what is learnt; torch's own
+    SyncBatchNorm does so too, but on GPUs only. The mode catches the calls, so the networks need not know of it.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.batch_norm and kwargs["training"]:
+            return self.batch_norm(*args, **kwargs)
+        if func is F.dropout and kwargs["training"] and kwargs["p"] > 0:
+            x, kept = args[0], 1 - kwargs["p"]
+            return x * self.rows(lambda shape: x.new_empty(shape).bernoulli_(kept), x.shape).div_(kept)
+        if func is torch.randn_like:
+            return self.rows(lambda shape: torch.randn(shape, device=args[0].device), args[0].shape)
+        if func in (torch.rand, torch.randn, torch.randint):  # the shape, or one number, is their last argument
+            shape = (args[-1],) if isinstance(args[-1], int) else args[-1]
+            return self.rows(lambda shape: func(*args[:-1], shape, **kwargs), shape)
+        return func(*args, **kwargs)
+
+    def rows(self, draw, shape):
+        """Draw for the whole batch, keep the rows of this process: shape (B/K, ...)."""
+        K, rank = dist.get_world_size(), dist.get_rank()
+        return draw((K * shape[0], *shape[1:])).chunk(K)[rank]
+
+    def batch_norm(self, x, running_mean, running_var, weight, bias, training, momentum, eps):
+        """F.batch_norm of x (B/K, C, H, W) with the mean and variance of all B images; gradients pass through both."""
+        K, h = dist.get_world_size(), x.float()
+        mean = Average.apply(h.mean((0, 2, 3)))  # (C,)
+        h = h - mean[:, None, None]
+        var = Average.apply(h.square().mean((0, 2, 3)))  # (C,)
+        n = K * h[:, 0].numel()
+        running_mean.lerp_(mean.detach(), momentum)
+        running_var.lerp_(var.detach() * n / (n - 1), momentum)
+        return (h * ((var + eps).rsqrt() * weight)[:, None, None] + bias[:, None, None]).to(x.dtype)
+
+
+def join_processes(device):
+    """Under torchrun: meet the other processes. Else nothing."""
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # A process that dies ends the run: torchrun stops the others; failing that, they wait no longer than this.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=10))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+
+
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
@@ -253,15 +352,18 @@ class Run:
     def __init__(self, args, cfg, ckpt=None):
         self.cfg, self.out, self.device, self.clock = cfg, Path(args.out), args.device, time.perf_counter()
         self.log_path, self.ckpt_path = self.out / "log.jsonl", self.out / "ckpt.pt"
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if cfg["batch"] % self.world:
+            raise UserError(f"--batch {cfg['batch']} cannot be split over {self.world} processes; choose a multiple")
         self.data = data.load(args.dataset, args.data_dir, args.source, self.device)  # may raise UserError
         torch.manual_seed(cfg["seed"])  # initial weights, noise, times and dropout all come from here
         identity = {"name": self.data.name, "source": self.data.source}
-        other = read_checkpoint(args.stage1_from) if args.stage1_from else ckpt
+        other = read_checkpoint(args.stage1_from) if args.stage1_from and not ckpt else ckpt
         if other and other.get("dataset") != identity:
             raise UserError(f"the checkpoint's images are {other.get('dataset')}, found {identity}; give its --source")
         try:
             self.model = Model(cfg).to(self.device).eval()
-            if args.stage1_from:
+            if args.stage1_from and not ckpt:
                 self.model.vqgan.load_state_dict(part(other["model"], "vqgan"))
             # One black image through everything: what does not fit together must fail now, not after stage 1.
             black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)
@@ -278,8 +380,12 @@ class Run:
         self.batch, self.total = {1: cfg["stage1_batch"], 2: cfg["batch"]}, {1: cfg["stage1_images"], 2: cfg["images"]}
         self.seen, self.minutes, self.stage, self.stopped_by = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}, 1, None
         self.sums = {}  # of what the next row of the log averages
+        self.log_bytes, self.failed_fits, self.finished = 0, 0, False
         if ckpt:
-            self.take_over(ckpt)
+            try:
+                self.take_over(ckpt)
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{self.ckpt_path}: not as this train.py wrote it ({type(error).__name__})") from error
         elif args.stage1_from:
             self.seen[1] = self.total[1]  # nothing left to train in stage 1
         # A fixed random sample of images that the anchors are fitted to.
@@ -288,44 +394,58 @@ class Run:
 
     def save(self):
         """Write all that the rest of the run depends on, as one file that is always whole; then the pictures."""
-        self.check_finite()
+        self.check_finite(self.seen[self.stage])
+        if self.rank:
+            return  # one process writes
         # The average shares the frozen stage 1 with the model: no need to write it twice.
         average = {k: v for k, v in self.average.state_dict().items() if not k.startswith("vqgan.")}
         state = {
             "format": FORMAT, "config": self.cfg, "stage": self.stage, "log_bytes": self.log_path.stat().st_size,
             "dataset": {"name": self.data.name, "source": self.data.source}, "images_seen": self.seen[2],
             "stage1_images_seen": self.seen[1], "minutes": sum(self.minutes.values()), "sums": self.sums,
+            "failed_fits": self.failed_fits, "finished": self.finished,
             "stage1_minutes": self.minutes[1], "model": self.model.state_dict(), "average": average,
             "training": (self.stage1 if self.stage == 1 else self.opt).state_dict(), "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
-        with data.replacing(self.ckpt_path) as temporary:
-            torch.save(state, temporary)  # plain tensors and values only: weights_only=True must be able to read it
+        try:
+            with data.replacing(self.ckpt_path) as temporary, open(temporary, "wb") as f:
+                torch.save(state, f)  # plain tensors and values only: weights_only=True must be able to read it
+                f.flush()
+                os.fsync(f.fileno())  # on the disk before it gets its name: no power cut leaves half of it
+        except (OSError, RuntimeError) as error:  # torch's own error hides the system's, such as "no space left"
+            raise UserError(f"{self.ckpt_path}: cannot be written ({error.__context__ or error}); the one before it "
+                            "stays, if there is one; make room and go on with --resume") from error
         self.pictures()
 
     def take_over(self, ckpt):
         """Stand where the run that wrote `ckpt` stood."""
         self.stage, self.sums = ckpt["stage"], ckpt["sums"]
+        self.log_bytes, self.failed_fits = ckpt["log_bytes"], ckpt.get("failed_fits", 0)
+        self.finished = ckpt.get("finished", False)
         self.seen = {1: ckpt["stage1_images_seen"], 2: ckpt["images_seen"]}
         self.minutes = {1: ckpt["stage1_minutes"], 2: ckpt["minutes"] - ckpt["stage1_minutes"]}
+        if self.stage not in self.seen:
+            raise ValueError(f"stage {self.stage}")
         self.model.load_state_dict(ckpt["model"])
         self.average.load_state_dict(ckpt["model"] | ckpt["average"])  # stage 1 from the one, the rest from the other
         (self.stage1 if self.stage == 1 else self.opt).load_state_dict(ckpt["training"])
         torch.set_rng_state(ckpt["rng"])  # the next noise is the one that would have come
         if ckpt["rng_cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(ckpt["rng_cuda"], self.device)
-        # Rows logged after the checkpoint will be made again: cut them off, a torn last row included.
-        with open(self.log_path, "ab") as f:
-            f.truncate(min(ckpt["log_bytes"], f.tell()))
 
-    def check_finite(self):
+    def check_finite(self, seen):
         """UserError if a number of the steps since the last row is not finite; the last checkpoint stays as it is."""
-        if not all(math.isfinite(float(value)) for value in self.sums.values()):
+        bad = [name for name, value in self.sums.items() if not math.isfinite(float(value))]
+        if bad:
             kept = f"last good checkpoint: {self.ckpt_path if self.ckpt_path.exists() else 'none yet'}"
-            flag, seen = "stage1.lr" if self.stage == 1 else "lr", self.seen[self.stage]
-            raise UserError(f"the loss of stage {self.stage} is not finite at image {seen:,}; {kept}; lower --{flag}")
+            flag, step = "stage1.lr" if self.stage == 1 else "lr", seen // self.batch[self.stage]
+            raise UserError(f"{', '.join(bad)} of stage {self.stage} is not finite at step {step:,} (image {seen:,}) "
+                            f"or shortly before; {kept}; start again with a lower --{flag}")
 
     def log(self, stage, images, **row):
         """Append a row to log.jsonl."""
+        if self.rank:
+            return
         row = {"stage": stage, "images": images, "minutes": round(sum(self.minutes.values()), 3)} | row
         with open(self.log_path, "a") as f:
             f.write(json.dumps(row) + "\n")
@@ -335,7 +455,7 @@ class Run:
         # The sums stay on the device: to read a number at every step, the CPU would have to wait for the GPU.
         self.sums = {name: self.sums.get(name, 0) + value for name, value in (values | {"steps": 1}).items()}
         if self.crosses(stage, max(self.total[stage] // 150, self.batch[stage])):
-            self.check_finite()
+            self.check_finite(self.seen[stage] + self.batch[stage])
             steps = self.sums.pop("steps")  # how many steps were added up
             row = {name: float(value) / steps for name, value in self.sums.items()}  # here the CPU waits
             self.log(stage, self.seen[stage] + self.batch[stage], **row, images_per_s=self.bar.format_dict["rate"])
@@ -348,6 +468,13 @@ class Run:
         now = time.perf_counter()
         self.minutes[stage] += (now - self.clock) / 60
         self.clock = now
+
+    def agree(self, *numbers):
+        """The largest of each number over all processes: one clock, one signal, or some would wait for ever."""
+        numbers = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, so that no GPU has to be waited for
+        if self.world > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
 
     def crosses(self, stage, every):
         """Does this step take the count of images over a multiple of `every`?"""
@@ -374,7 +501,7 @@ class Run:
             share = STAGE1_SHARE if stage == 1 or self.seen[1] else 0.0
             budget = budget * share if stage == 1 else 0.96 * budget - self.minutes[1]
         self.bar = tqdm(total=None if budget else total, initial=self.seen[stage], unit=" images", smoothing=0.05,
-                        desc=f"stage {stage}", dynamic_ncols=True)
+                        desc=f"stage {stage}", dynamic_ncols=True, disable=self.rank > 0)
         saved = time.perf_counter()
         for idx in self.batches(stage):
             progress = self.minutes[stage] / budget if budget else self.seen[stage] / total
@@ -384,17 +511,23 @@ class Run:
             self.seen[stage] += len(idx)
             self.bar.update(len(idx))
             self.tick(stage)
-            if self.stopped_by or self.clock - saved > 60 * SAVE_MINUTES:
+            due = self.clock - saved > 60 * SAVE_MINUTES
+            self.minutes[stage], stop, due = self.agree(self.minutes[stage], bool(self.stopped_by), due)
+            if stop or due:
                 self.save()
                 saved = time.perf_counter()
-            if self.stopped_by:
-                print(f"\nstopped by {self.stopped_by}; go on with the same command and --resume", file=sys.stderr)
+            if stop:
+                by = self.stopped_by or "another process"
+                print(f"\nstopped by {by}; go on with the same command and --resume", file=sys.stderr)
                 sys.exit(130)  # as a shell counts a program that was interrupted
 
     def train_stage1(self):
         """Train the VQ-GAN, freeze it, and say how well it reconstructs."""
         for idx, progress in self.course(1):
-            self.tally(1, **self.stage1.step(self.data.images(idx), self.seen[1], progress))
+            values = self.stage1.step(self.data.images(idx), self.seen[1], progress)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.vqgan.parameters(), math.inf)  # clips nothing, measures
+            self.tally(1, **values, grad_norm=norm)
+        self.check_finite(self.seen[1])
         psnr = self.stage1.finish(self.data.images(self.fit_idx[:1024]))  # freezes it and sets latent_std
         self.average.load_state_dict(self.model.state_dict())  # the EMA starts from here, with the trained stage 1
         self.stage, self.sums = 2, {}
@@ -405,6 +538,10 @@ class Run:
         """Algorithm 1: extractor and U-Net together, anchors fitted anew after every r epochs."""
         cfg, model, on_gpu = self.cfg, self.model, self.device.type == "cuda"
         model.vqgan.eval().requires_grad_(False)
+        # Wrapped, all processes start from the weights of process 0, every forward pass takes over its buffers (new
+        # anchors, for one), and every backward pass averages the gradients.
+        many = self.world > 1
+        net = torch.nn.parallel.DistributedDataParallel(model) if many else model
         # On a GPU all latents are computed once and stay there. A CPU run sees most images once or twice: no gain.
         if on_gpu:
             parts = tqdm(torch.arange(len(self.data)).split(500), desc="encoding all images")
@@ -416,36 +553,54 @@ class Run:
             warm = min(1.0, seen / max(cfg["warmup"], 1))  # rises to 1
             fall = min(1.0, (1 - progress) / cfg["decay"]) if cfg["decay"] else 1.0  # falls to 0 at the very end
             self.opt.param_groups[0]["lr"] = cfg["lr"] * warm * fall
-            images = self.data.images(idx)  # x0, uint8 (B, 3, 64, 64)
-            z0 = latents[idx.to(self.device)].float() if on_gpu else model.vqgan.encode(images)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):  # a CPU gains nothing from it
-                loss, delta = model.loss(images, z0)
+            own = idx.chunk(self.world)[self.rank]  # (B/K,) the rows of this process
+            images = self.data.images(own)  # x0, uint8 (B/K, 3, 64, 64)
+            z0 = latents[own.to(self.device)].float() if on_gpu else model.vqgan.encode(images)
+            with (torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu),  # a CPU gains nothing from it
+                  WholeBatch() if many else contextlib.nullcontext()):
+                loss, delta = net(images, z0)
             self.opt.zero_grad(set_to_none=True)  # no zeros to write, none to add to
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"] or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"] or math.inf)
             self.opt.step()
             # Paper: LDM averages the U-Net alone. The extractor is what gets evaluated, so it is averaged too.
             ema_update(self.average.extractor, model.extractor, cfg["ema_half_life"], len(idx), seen)
             ema_update(self.average.unet, model.unet, cfg["ema_half_life"], len(idx), seen)
-            self.tally(2, loss=loss.detach(), mean_delta=delta)
+            shown = torch.stack([loss.detach(), delta])
+            shown = Average.apply(shown) if many else shown  # of the whole batch
+            self.tally(2, loss=shown[0], mean_delta=shown[1], grad_norm=norm)
             if self.crosses(2, (cfg["epoch_images"] or len(self.data)) * cfg["fit_every"]):
                 self.fit_anchors(model, seen)
         # The averaged weights have units of their own, which the training weights' anchors do not fit.
-        self.fit_anchors(self.average, self.seen[2])
+        if not self.finished:  # else this was done and logged
+            self.fit_anchors(self.average, self.seen[2])
+        self.finished = True
 
     def fit_anchors(self, model, seen):
         """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
-        if self.cfg["anchors"] != "dyga":
-            return  # a DyGA that was never fitted hands units on unchanged
-        self.check_finite()
+        if self.cfg["anchors"] != "dyga" or self.rank:
+            return  # a DyGA that was never fitted hands units on unchanged; of many processes, the first fits for all
+        self.check_finite(seen)
         started, training = time.perf_counter(), model.extractor.training
         model.extractor.eval()  # BatchNorm's running statistics: a unit must not depend on the rest of its batch
         units = torch.cat([model.units(self.data.images(idx)) for idx in self.fit_idx.split(500)])  # (n, N, D)
         model.extractor.train(training)
         draw = torch.Generator().manual_seed(self.cfg["seed"] * 1_000_003 + seen)
-        model.dyga.fit(units, generator=draw)
+        trial = copy.deepcopy(model.dyga)  # a fit that fails may leave half of its work behind
+        try:
+            trial.fit(units, generator=draw)
+            if not all(buffer.isfinite().all() for buffer in trial.buffers()):
+                raise ValueError("the anchors are not finite")
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            print(f"\nno anchors at image {seen:,} ({error}): unaligned until the next fit", file=sys.stderr)
+            self.failed_fits += 1
+            for buffer in (model.dyga.live, model.dyga.mask):
+                buffer.zero_()  # as before the first fit: units come back unchanged
+        else:
+            model.dyga.load_state_dict(trial.state_dict())
         self.log(2, seen, of="average" if model is self.average else "training", fit_s=time.perf_counter() - started,
-                 anchors=model.dyga.mask.sum(1).tolist(), fit_mean_delta=model.dyga.delta(units).mean().item())
+                 anchors=model.dyga.mask.sum(1).tolist(), failed_fits=self.failed_fits,
+                 fit_mean_delta=model.dyga.delta(units).mean().item() if model.dyga.live.any() else 0.0)
 
     def pictures(self):
         """Write samples.png and loss.png."""
@@ -464,6 +619,8 @@ class Run:
 def pick_device(text):
     """--device -> torch.device. UserError if there is no such device here."""
     text = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
+    if text == "cuda" and dist.is_torchelastic_launched():
+        text = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process of torchrun
     try:
         return torch.zeros(1, device=text).device
     except (RuntimeError, AssertionError) as error:
@@ -474,6 +631,7 @@ def main():
     """Parse, say what was chosen, run both stages, write everything."""
     args = build_parser().parse_args()
     args.device = pick_device(args.device)  # text -> torch.device
+    join_processes(args.device)
     cfg = settings(args)
     args.out = args.out or f"out/{args.dataset}-{cfg['preset']}"
     kept = Path(args.out) / "ckpt.pt"  # of an earlier run, if there was one
@@ -482,10 +640,17 @@ def main():
     if kept.exists() and not args.resume:
         raise UserError(f"{args.out} holds a run already; add --resume to go on with it, or choose another --out")
     ckpt = read_checkpoint(kept) if args.resume else None
-    cfg = ckpt["config"] if ckpt else cfg  # a run goes on with the settings that it began with
+    if ckpt:  # a run goes on with the settings that it began with
+        refuse_contradictions(args, ckpt["config"])
+        cfg = ckpt["config"]
     run = Run(args, cfg, ckpt)
     run.out.mkdir(parents=True, exist_ok=True)
-    run.log_path.open("a" if ckpt else "w").close()  # rows that are there without a checkpoint were of a run that died
+    if run.rank == 0:
+        for half in run.out.glob(".[0-9]*-*"):  # what a killed run was writing
+            half.unlink()
+        # Rows logged after the checkpoint, if there is one, will be made again: cut them off, a torn last one included.
+        with open(run.log_path, "ab") as f:
+            f.truncate(min(run.log_bytes, f.tell()))
     why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
     kind = "bfloat16 in stage 2" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
     duration = {"laptop": "about 30 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
@@ -502,6 +667,8 @@ def main():
         run.train_stage2()
     run.tick(run.stage)
     run.save()  # the finished run: ckpt.pt and the last pictures
+    if run.world > 1:
+        dist.destroy_process_group()
     print(f"done in {sum(run.minutes.values()):.1f} minutes; wrote {run.ckpt_path}, samples.png, loss.png, log.jsonl")
 
 

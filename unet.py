@@ -331,7 +331,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        same_shape = {}  # (m, n) -> list of (parameter, lr, its update as matrices)
+        same_shape = {}  # (m, n) -> list of (parameter, its gradient, lr, its update as matrices)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2 or p.grad is None or not group.get("orthogonalise", True):
@@ -342,13 +342,14 @@ class Muon(torch.optim.AdamW):
                 momentum = state["exp_avg"].lerp_(p.grad, 0.05)
                 update = p.grad.lerp(momentum, 0.95)  # Nesterov's form of momentum
                 update = update if p.ndim == 3 else update.flatten(1)[None]  # (B, m, n)
-                same_shape.setdefault(update.shape[1:], []).append((p, group["lr"], update))
+                same_shape.setdefault(update.shape[1:], []).append((p, p.grad, group["lr"], update))
                 p.grad = None  # AdamW passes over what has no gradient
-        for (m, n), found in same_shape.items():
-            updates = orthogonalise(torch.cat([update for _, _, update in found]))  # (sum of the B, m, n)
-            for (p, lr, _), update in zip(found, updates.split([len(update) for _, _, update in found])):
-                p.sub_(update.reshape(p.shape), alpha=0.2 * lr * max(m, n) ** 0.5)
         super().step()
+        for (m, n), found in same_shape.items():
+            updates = orthogonalise(torch.cat([update for *_, update in found]))  # (sum of the B, m, n)
+            for (p, gradient, lr, _), update in zip(found, updates.split([len(update) for *_, update in found])):
+                p.sub_(update.reshape(p.shape), alpha=0.2 * lr * max(m, n) ** 0.5)
+                p.grad = gradient
 
 
 @torch.no_grad()

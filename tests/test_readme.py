@@ -37,3 +37,10 @@ def test_line_counts_of_the_reading_table_are_right_within_a_tenth():
     for name, lines in rows:
         true = len((ROOT / name).read_text().splitlines())
         assert abs(int(lines) - true) <= true / 10, f"{name} has {true} lines"
+
+
+def test_every_test_that_the_readme_names_exists():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) > 10
+    assert not [name for name in named if f"def {name}(" not in tests]

@@ -1,6 +1,7 @@
 """Facts about the run: command line, checkpoint, log, determinism, resuming."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,36 @@ def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(finished, tm
     assert rows(finished[0]) == rows(out)
 
 
+@pytest.mark.parametrize("flags, held", [
+    (["--lr", "0.5"], "with 0.001"), (["--seed", "1"], "with 0"), (["--preset", "laptop"], "with tiny"),
+    (["--images", "640"], "with 320"), (["--minutes", "9.0"], "without it"), (["--stage1_from", "a.pt"], "without it"),
+    (["--unet.multipliers", "1", "4"], "with [1, 2]"), (["--no-unet.self_attention"], "with True")])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_by_name(flags, held, finished, monkeypatch, capsys):
+    before = (finished[0] / "ckpt.pt").read_bytes()
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", finished[0], "--resume", *flags) == 2
+    line = capsys.readouterr().err
+    name, value = flags[0].replace("no-", ""), {1: "False", 2: flags[-1], 3: "[1, 4]"}[len(flags)]
+    assert f"{name} {value}: the run to resume began {held};" in line and line.count("\n") == 1
+    assert (finished[0] / "ckpt.pt").read_bytes() == before
+
+
+def test_the_same_command_and_resume_adds_nothing_to_a_finished_run(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    flags = ["--dataset", "shapes3d", "--out", tmp_path / "run", "--seed", 0, *SHORT, "--resume"]
+    assert run_main(monkeypatch, *flags) == 0
+    assert (tmp_path / "run" / "log.jsonl").read_text() == (finished[0] / "log.jsonl").read_text()
+    before, after = (train.read_checkpoint(out / "ckpt.pt") for out in (finished[0], tmp_path / "run"))
+    assert same(before["average"], after["average"]) and torch.equal(before["rng"], after["rng"])
+
+
+def test_a_checkpoint_that_lacks_a_setting_is_not_resumed(finished, tmp_path, monkeypatch, capsys):
+    ckpt = train.read_checkpoint(finished[0] / "ckpt.pt")
+    del ckpt["config"]["unet.base"]
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path, "--resume") == 2
+    assert "no setting unet.base" in capsys.readouterr().err
+
+
 def test_stage1_of_another_run_can_be_taken_over(finished, tmp_path, monkeypatch):
     flags = ["--dataset", "shapes3d", "--stage1_from", finished[0] / "ckpt.pt", "--out"]
     assert run_main(monkeypatch, *flags, tmp_path / "a", *SHORT) == 0
@@ -226,7 +257,8 @@ def test_a_pickle_with_code_is_not_executed(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "a", *SHORT, "--lr", "1e30") == 2
     message = capsys.readouterr().err
-    assert "stage 2 is not finite" in message and "lower --lr" in message
+    assert "loss" in message and "of stage 2 is not finite at step" in message and "lower --lr" in message
+    assert "last good checkpoint: none yet" in message
 
 
 def test_components_never_import_each_other():
