@@ -9,10 +9,14 @@ sizes) and draws out/data-shapes3d.png, a grid with one row per factor in which 
 import argparse
 import contextlib
 import functools
+import io
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import tarfile
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -31,8 +35,8 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line on stderr and exit code 2; --help shows every default."""
 
     def __init__(self, **kwargs):
-        # No abbreviations: --see must not pass for --seed.
-        super().__init__(allow_abbrev=False, **{"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | kwargs)
+        kwargs = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | kwargs
+        super().__init__(allow_abbrev=False, **kwargs)  # or --see would pass for --seed
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -260,6 +264,8 @@ def rendered(device):
 # ---- The official files ---------------------------------------------------------------------------------------------
 # Each reader checks a file and yields its images in index order, in uint8 pieces (n, 64, 64, 3). convert() writes them
 # ONCE to a plain .npy file, which is then memory-mapped: a batch reads only its own images from disk.
+PIECE = 1024  # images read at a time, 12.6 MB: to unpack them needs several times that
+
 
 @contextlib.contextmanager
 def readable(path, advice):
@@ -267,7 +273,7 @@ def readable(path, advice):
     try:
         yield
     except Exception as error:
-        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = error if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path} is damaged or not the official file ({reason}); {advice}") from error
 
 
@@ -288,8 +294,8 @@ def read_shapes3d(path, facts):
         found = [np.unique(column, return_inverse=True)[1].reshape(-1) for column in labels.T]
         grid = np.indices(tuple(facts["factors"].values())).reshape(len(facts["factors"]), -1)  # (F, images)
         expect("labels in row-major order of the factors", np.array_equal(found, grid), True)
-        for start in range(0, len(images), 4096):
-            yield images[start:start + 4096]
+        for start in range(0, len(images), PIECE):
+            yield images[start:start + PIECE]
 
 
 def read_cars3d(path, facts):
@@ -301,13 +307,15 @@ def read_cars3d(path, facts):
         for entry in entries:                           # the archive also holds that paper's other datasets
             if folder or Path(entry.name).match("cars/car_*.mat"):
                 im = scipy.io.loadmat(entry if folder else entries.extractfile(entry))["im"]
-                expect(f"images of {entry.name}", im.shape[2:], (3, azimuths, elevations))
+                expect(entry.name, (im.dtype.name, *im.shape), ("uint8", 128, 128, 3, azimuths, elevations))
                 views = im.transpose(4, 3, 0, 1, 2).reshape(-1, *im.shape[:3])  # (elevations * azimuths, 128, 128, 3)
                 views = [Image.fromarray(view).resize(SQUARE, Image.LANCZOS) for view in views]
                 cars[Path(entry.name).name] = np.stack(views)  # (elevations * azimuths, 64, 64, 3)
         expect("cars", len(cars), types)
-    # Which car is number 0 is only a name: disentanglement_lib takes the order of the folder on disk, we sort.
-    # The index is row-major in (elevation, azimuth, object type): the car changes fastest.
+        while not folder and entries.fileobj.read(1 << 20):
+            pass                                        # to the very end: there gzip compares its checksum
+    # Row-major in (elevation, azimuth, object type): the car changes fastest. Which car is number 0 is only a name:
+    # disentanglement_lib takes the order of the folder on disk, we sort.
     for view in range(elevations * azimuths):
         yield np.stack([cars[name][view] for name in sorted(cars)])  # (cars, 64, 64, 3)
 
@@ -318,17 +326,33 @@ def read_mpi3d_toy(path, facts):
         np.lib.format.read_magic(file)                  # the first 8 bytes; then shape, column-major or not, dtype
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
         expect("images", (dtype.name, fortran_order, *shape), ("uint8", False, facts["images"], *SQUARE, 3))
-        for start in range(0, shape[0], 4096):
-            n = min(4096, shape[0] - start)
+        for start in range(0, shape[0], PIECE):
+            n = min(PIECE, shape[0] - start)
             yield np.frombuffer(file.read(n * SIZE * SIZE * 3), np.uint8).reshape(n, *SQUARE, 3)
+        expect("bytes after the last image", len(file.read(1)), 0)  # zip compares its checksum only at the end
+
+
+def shrink_face(name, packed):
+    """The bytes of one .jpg file, 178 x 218 -> its central square, uint8 (64, 64, 3). UserError names the file."""
+    # Paper: "resized", with no word on a crop. Some cut to the middle 148; the full width keeps hair and hats.
+    try:
+        with Image.open(io.BytesIO(packed), formats=["JPEG"]) as photo:
+            expect("size", photo.size, (178, 218))
+            return np.asarray(ImageOps.fit(photo.convert("RGB"), SQUARE, Image.LANCZOS))
+    except Exception as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def read_celeba(path, facts):
-    """A folder of .jpg files, 178 x 218: the central square of each, shrunk to 64x64, in the attribute list's order."""
-    # Paper: "resized", with no word on a crop. Some cut to the middle 148; the full width keeps hair and hats.
-    for name in facts["files"]:
-        with readable(path, facts["advice"]), Image.open(path / name) as photo:
-            yield np.asarray(ImageOps.fit(photo.convert("RGB"), SQUARE, Image.LANCZOS))[None]  # (1, 64, 64, 3)
+    """A folder or .zip of .jpg files, yielded in the order of the attribute list; a process per core shrinks them."""
+    # Ctrl-C is for the main process alone: it ends the others. (They end with it too, if it is killed.)
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with readable(path, facts["advice"]), multiprocessing.Pool(**quiet) as pool:
+        folder = path if path.is_dir() else zipfile.Path(path, "img_align_celeba/")
+        for start in range(0, facts["images"], PIECE):
+            names = facts["files"][start:start + PIECE]
+            packed = [(name, (folder / name).read_bytes()) for name in names]  # here, so a .zip is opened only once
+            yield np.stack(pool.starmap(shrink_face, packed, chunksize=32))  # (PIECE, 64, 64, 3)
 
 
 def read_celeba_attributes(data_dir, facts):
@@ -341,21 +365,30 @@ def read_celeba_attributes(data_dir, facts):
         # More than one word: the .txt begins with a count, which is not needed.
         head, *rows = [row for row in path.read_text().replace(",", " ").splitlines() if len(row.split()) > 1]
         names = [word for word in head.split() if word != "image_id"]  # the .csv names its first column too
+        expect("images", len(rows), facts["images"])
+        expect("words in a row", {len(row.split()) for row in rows}, {1 + len(names)})
         labels = np.loadtxt(rows, dtype=np.int8, usecols=range(1, len(names) + 1), ndmin=2)  # (images, F)
-        expect("images", len(labels), facts["images"])
         expect("attribute values", sorted(np.unique(labels).tolist()), [-1, 1])
     return facts | dict(files=[row.split()[0] for row in rows], factors=dict.fromkeys(names, 2), labels=labels > 0)
 
 
 def convert(path, npy, facts):
-    """Write the official images at `path` to the file `npy`, or nothing at all."""
+    """Write the official images at `path` to the file `npy`, or nothing at all. UserError: no room, no permission."""
+    # A killed run could not delete its temporary file, which is large. One that nobody wrote to for an hour is such.
+    for left in npy.parent.glob(f".*-{npy.name}"):
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink()
     header = dict(descr="|u1", fortran_order=False, shape=(facts["images"], *SQUARE, 3))
-    with replacing(npy) as temporary, open(temporary, "wb") as file, \
-            tqdm(total=facts["images"], unit=" images", desc=f"converting {path.name}, once") as bar:
-        np.lib.format.write_array_header_1_0(file, header)
-        for piece in facts["read"](path, facts):
-            file.write(np.ascontiguousarray(piece))
-            bar.update(len(piece))
+    try:
+        with replacing(npy) as temporary, open(temporary, "wb") as file, \
+                tqdm(total=facts["images"], unit=" images", desc=f"converting {path.name}, once") as bar:
+            np.lib.format.write_array_header_1_0(file, header)
+            for piece in facts["read"](path, facts):
+                file.write(np.ascontiguousarray(piece))
+                bar.update(len(piece))
+    except OSError as error:                            # of writing: readable() has turned those of reading
+        size = facts["images"] * SIZE * SIZE * 3 / 1e9
+        raise UserError(f"cannot write {npy} ({error.strerror}); make room there for {size:.1f} GB") from error
 
 
 # Factors in the files' own order. The official file is looked for under --data_dir at each of `paths`, and the last
@@ -375,8 +408,9 @@ DATASETS = {
         factors={"object colour": 6, "object shape": 6, "object size": 2, "camera height": 3, "background colour": 3,
                  "first DOF": 40, "second DOF": 40}),
     "celeba": dict(                                     # its 40 factors are named in list_attr_celeba
-        read=read_celeba, paths=["img_align_celeba", "img_align_celeba/img_align_celeba"], images=202_599,
-        advice="get (and unpack) it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html", factors={}),
+        read=read_celeba, images=202_599,
+        paths=["img_align_celeba.zip", "img_align_celeba", "img_align_celeba/img_align_celeba"],
+        advice="get it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html", factors={}),
 }
 
 
@@ -461,12 +495,13 @@ def load(dataset, data_dir="data", source="auto", device="cpu"):
 def sample_grid(data, generator, columns=15):
     """A PIL.Image with one row per factor: it takes its values from left to right, the others stay as in one image."""
     start = data.factors(torch.randint(len(data), (1,), generator=generator))  # (1, F)
-    rows, labels = [], []
+    held = data.factors(torch.arange(len(data))) if data.name == "celeba" else None  # (images, F)
+    rows, labels, what = [], [], "in each row only one factor changes; the column is its value"
     for f, (name, size) in enumerate(zip(data.factor_names, data.factor_sizes)):
         step = math.ceil(size / columns)                # a factor of many values skips some
         values = torch.arange(0, size, step)
-        if data.name == "celeba":                       # no grid: show images that have the attribute
-            idx = data.factors(torch.arange(len(data)))[:, f].nonzero()[:columns, 0]
+        if held is not None:                            # CelebA is no grid: show images that have the attribute
+            idx, what = held[:, f].nonzero()[:columns, 0], "each row shows faces that have the attribute"
         else:
             factors = start.repeat(len(values), 1)      # (values, F)
             factors[:, f] = values
@@ -474,8 +509,7 @@ def sample_grid(data, generator, columns=15):
         blank = torch.full((columns - len(idx), 3, *SQUARE), 255, dtype=torch.uint8)
         rows.append(torch.cat([data.images(idx), blank]))  # (columns, 3, 64, 64)
         labels.append(name if step == 1 else f"{name} (times {step})")
-    title = f"{data.name}, {data.source}: in each row only one factor changes; the column is its value"
-    return image_grid(torch.stack(rows), labels, range(columns), title)
+    return image_grid(torch.stack(rows), labels, range(columns), f"{data.name}, {data.source}: {what}")
 
 
 def main():
