@@ -3,6 +3,7 @@
     python evaluate.py out/shapes3d-laptop/ckpt.pt              # everything, at the paper's sample counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --quick      # under two minutes, at smaller counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
+    python evaluate.py epoch=99.ckpt --released shapes3d        # weights of the paper's own released code
 
 prints a table with the paper's numbers beside ours and writes metrics.json, a PNG per figure and index.html (open it
 in a browser; it needs no network) to the folder eval beside the checkpoint, or to --out.
@@ -11,7 +12,7 @@ The metrics ask one question in many ways: does each latent unit follow one fact
 plain functions that know nothing of this project: score codes of your own with them, for instance
     evaluate.mig(lambda idx: my_codes[idx], factor_sizes=[10, 10, 10, 8, 4, 15])
 
-Reading order: codes (images to one number per unit), metrics, figures, report, main.
+Reading order: codes (images to one number per unit), metrics, figures, report, released weights, main.
 """
 
 import base64
@@ -20,9 +21,11 @@ import inspect
 import io
 import json
 import math
+import re
 import string
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import joblib
@@ -733,6 +736,9 @@ def table(report):
 def remarks(report):
     """What a reader must know before quoting a number: a list of sentences."""
     said, s, d = [], report["separation"], report["delta"]
+    if report["images_seen"] is None:
+        said.append("Released weights of the paper's repository: the file does not say how long they were trained, and "
+                    "their anchors are not in it.")
     if report["source"] == "rendered":
         said.append("The images are the rendered twin of Shapes3D, not Shapes3D itself: no score here is a Shapes3D "
                     "score, and the paper's numbers stand beside ours for orientation only.")
@@ -799,11 +805,145 @@ def page(report, config, out, interactive):
     figures = "".join(f'<figure><h2>{title}</h2><figcaption>{sentence}</figcaption><div class="wide" tabindex="0">'
                       f'<img alt="{title}" src="{inline(out / f"{name}.png")}"></div></figure>'
                       for name, (title, sentence) in FIGURES.items() if name in report["figures"])
-    about = [(key, report[key]) for key in ("checkpoint", "images", "images_seen", "minutes", "pca_images")]
+    about = [(key, report[key]) for key in ("checkpoint", "images", "images_seen", "minutes", "pca_images")
+             if report[key] is not None]
     return PAGE.substitute(
         title=f"Disentangled units: {report['images']}", scores=html_table(table(report)), player=interactive,
         notes="".join(f'<p class="note">{html.escape(note)}</p>' for note in remarks(report)), figures=figures,
         config=html_table([("setting", "value"), *about, *sorted(config.items())]))
+
+# ---- Released weights -----------------------------------------------------------------------------------------------
+# The paper's own models (GitHub youngjun-jun/dis-dis) are Lightning files of latent diffusion's networks: the same as
+# ours, under other names. These tables translate our names, so that their weights can be scored with our code.
+
+UNITS, STAGE1, UNET = "cond_stage_model.", "first_stage_model.", "model.diffusion_model."
+# Layers within a block: ours -> theirs.
+LAYERS = {
+    "vqgan": {"branch.0.0": "norm1", "branch.1": "conv1", "branch.2.0": "norm2", "branch.3": "conv2",
+              "skip": "nin_shortcut", "to_out": "proj_out", "upsample.1": "upsample.conv", "norm_out.0": "norm_out"},
+    "unet": {"norm_in": "in_layers.0", "conv_in": "in_layers.2", "time": "emb_layers.1", "norm_out": "out_layers.0",
+             "conv_out": "out_layers.3", "skip": "skip_connection", "to_out": "to_out.0"}
+    | {ours: f"transformer_blocks.0.{theirs}" for ours, theirs in (
+        ("norm_self", "norm1"), ("norm_cross", "norm2"), ("norm_ff", "norm3"), ("self_attention", "attn1"),
+        ("cross_attention", "attn2"), ("ff_in", "ff.net.0.proj"), ("ff_out", "ff.net.2"))},
+}
+FUSED = {"to_kv": ("to_k", "to_v"), "to_qkv": ("q", "k", "v")}           # one layer here, several there
+# What a file may hold beyond weights: the noise schedule, counters, stage 1's losses.
+UNUSED = re.compile(r"betas|(alphas|sqrt|log_one|posterior)_\w+|(shift|ddim)_coef|logvar|lvlb_weights"
+                    r"|model_ema\.(decay|num_updates)|first_stage_model\.(loss|model_ema)\..+")
+
+class Foreign:
+    """Takes the place of every class and function that a file names: nothing of the file's can run."""
+
+    def __init__(self, *args):
+        pass
+
+def read_released(path):
+    """Lightning file, or a plain state_dict, of the released code -> dict of tensors. UserError for anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a model file of the paper's released code")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        # Old Lightning wrote classes of its own beside the weights, such as a callback's. Nobody needs them here.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Foreign, name) for name in names]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes can fail in any way
+        raise UserError(f"{path}: cannot be loaded safely ({type(error).__name__}); if you trust the file, re-save its "
+                        "weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)") from error
+    weights = found.get("state_dict", found) if isinstance(found, dict) else {}
+    weights = weights if isinstance(weights, dict) else {}
+    return {name: x for name, x in weights.items() if isinstance(name, str) and torch.is_tensor(x)}
+
+def released_places(cfg, stages):
+    """Where our blocks are in their file: the first part of a name, ours -> theirs. stages: len(unet.down).
+
+    Their stage 1 counts the decoder's levels from the finest, but runs through them from the coarsest.
+    """
+    levels, n, mid = len(cfg["vqgan.multipliers"]), cfg["vqgan.res_blocks"], ("block_1", "attn_1", "block_2")
+    encoder = ["", "encoder.conv_in"]
+    decoder = ["post_quant_conv", "decoder.conv_in", *(f"decoder.mid.{x}" for x in mid)]
+    for k in range(levels):
+        down, up = f"encoder.down.{k}", f"decoder.up.{levels - 1 - k}"
+        encoder += [f"{down}.block.{b}" for b in range(n)] + [f"{down}.downsample"] * (k < levels - 1)
+        decoder += [f"{up}.block.{b}" for b in range(n + 1)] + [f"{up}.upsample"] * (k < levels - 1)
+    encoder += [*(f"encoder.mid.{x}" for x in mid), "encoder.norm_out", "encoder.conv_out", "quant_conv"]
+    decoder += ["decoder.norm_out", "decoder.conv_out"]
+    unet = {"time_mlp": "time_embed", "conv_in": "input_blocks.0.0", "middle": "middle_block", "up": "output_blocks",
+            "norm_out": "out.0", "conv_out": "out.2"} | {f"down.{i}": f"input_blocks.{i + 1}" for i in range(stages)}
+    return {"extractor.cnn": f"{UNITS}image_encoder.encoder", "extractor.to_scalars": f"{UNITS}image_encoder.fc",
+            "vqgan.codebook.codes": f"{STAGE1}quantize.embedding.weight", "vqgan.latent_std": "scale_factor",
+            "alpha_bar": "alphas_cumprod", **{f"unet.{ours}": UNET + theirs for ours, theirs in unet.items()},
+            **{f"vqgan.encoder.{i}": STAGE1 + theirs for i, theirs in enumerate(encoder)},
+            **{f"vqgan.decoder.{i}": STAGE1 + theirs for i, theirs in enumerate(decoder)}}
+
+def released_names(name, places, n_units):
+    """The name of a tensor of ours -> those of the tensors in their file that it is made of, a list."""
+    network, *parts = name.split(".")
+    if parts[:1] == ["unit_mlp"]:  # a small network per unit, whose layers 1, 3 and 5 are ReLUs
+        return [f"{UNITS}mlps.{u}.layers.{2 * int(parts[1])}.{parts[2]}" for u in range(n_units)]
+    place = max((ours for ours in places if f"{name}.".startswith(f"{ours}.")), key=len)
+    name = places[place] + name.removeprefix(place)
+    for ours, theirs in LAYERS.get(network, {}).items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return next(([name.replace(f".{ours}.", f".{one}.") for one in theirs] for ours, theirs in FUSED.items()
+                 if f".{ours}." in name), [name])
+
+def load_released(path, dataset, device="cpu"):
+    """A file of the released code -> (model in eval mode, what main needs of a checkpoint). It has no anchors.
+
+    Sizes come from the tensors' shapes; what no shape tells is Table 8's, such as 8 heads. UserError names the first
+    tensor that is missing, left over, or of another shape: EncDiff's files, for one, have a different extractor.
+    """
+    weights, used = read_released(path), set()
+
+    def take(name):
+        if name not in weights:
+            raise UserError(f"{path}: has no {name}; expected a model file of youngjun-jun/dis-dis, with its layout")
+        used.add(name)
+        return weights[name]
+
+    def sizes(*names):
+        return [len(take(name)) for name in names]
+    cfg = {name: default for name, (default, _) in train.all_settings().items()} | {"anchors": "none"}
+    try:
+        encoder, fc, mlp = (f"{UNITS}{part}" for part in ("image_encoder.encoder", "image_encoder.fc", "mlps.0.layers"))
+        cfg["extractor.channels"] = sizes(*(f"{encoder}.{i}.bias" for i in (0, 3, 6, 9, 12)))
+        *cfg["extractor.hidden"], cfg["extractor.n_units"] = sizes(*(f"{fc}.{i}.bias" for i in (0, 2, 4)))
+        *cfg["extractor.unit_hidden"], cfg["extractor.unit_dim"] = sizes(*(f"{mlp}.{i}.bias" for i in (0, 2, 4)))
+        cfg["vqgan.channels"], cfg["vqgan.z_channels"], cfg["vqgan.codebook_size"], cfg["unet.base"] = sizes(
+            f"{STAGE1}encoder.conv_in.bias", f"{STAGE1}quant_conv.bias", f"{STAGE1}quantize.embedding.weight",
+            f"{UNET}input_blocks.0.0.bias")
+        model = train.Model(cfg)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: the sizes of its tensors make no network of the paper's ({error})") from error
+    places = released_places(cfg, len(model.unet.down))
+    for name, ours in (model.state_dict() | {"alpha_bar": model.alpha_bar}).items():
+        if name.startswith("dyga.") or name == "vqgan.codebook.uses":
+            continue
+        names = released_names(name, places, cfg["extractor.n_units"])
+        theirs = [take(one) for one in names]
+        if name.startswith("unet.") and "model_ema.decay" in weights:
+            # Samples are drawn with averaged weights. Only the U-Net has any; their names have lost all dots.
+            theirs = [take("model_ema." + one.removeprefix("model.").replace(".", "")) for one in names]
+        if "unit_mlp" in name:  # N of (out, in) -> (N, in, out); N of (out,) -> (N, 1, out)
+            theirs = [x.T[None] if x.ndim == 2 else x[None, None] for x in theirs]
+        shapes = {x.shape for x in theirs}  # those that make one tensor are alike
+        theirs = torch.cat(theirs) if len(theirs) > 1 and len(shapes) == 1 else theirs[0]
+        if len(shapes) > 1 or theirs.shape != ours.shape:
+            raise UserError(f"{path}: {names[0]} makes shape {tuple(theirs.shape)}; expected {tuple(ours.shape)}")
+        # They multiply latents by this number, we divide.
+        ours.copy_(1 / theirs if name == "vqgan.latent_std" else theirs)
+    left = [name for name in weights if name not in used and not UNUSED.fullmatch(name)]
+    if left:
+        raise UserError(f"{path}: {left[0]} has no place in the paper's networks; expected its released code's layout")
+    for module in model.vqgan.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = 32  # theirs at every width; ours has fewer, wider groups
+    ckpt = {"config": cfg, "dataset": {"name": dataset, "source": "auto"}, "images_seen": None, "minutes": None}
+    return model.to(device).eval(), ckpt
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
@@ -819,6 +959,9 @@ def build_parser():
     """Every flag with its help."""
     p = data.Parser(description="Score a checkpoint of train.py, draw its figures, and write one page with all of it.")
     p.add_argument("checkpoint", help="ckpt.pt of train.py; nothing else is needed")
+    p.add_argument("--released", choices=DATASETS, metavar="DATASET",
+                   help="the checkpoint is a file of the paper's released code, trained on this dataset: "
+                   + ", ".join(DATASETS))
     p.add_argument("--out", help="folder for everything written (default: eval, beside the checkpoint)")
     p.add_argument("--quick", action="store_true",
                    help="smaller sample counts (scores at other counts cannot be compared), fewer pictures, no gbt")
@@ -882,18 +1025,24 @@ def main():
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file is there; expected a folder, or nothing yet")
     device = train.pick_device(args.device)                              # "auto" prefers a GPU
-    model, ckpt = train.load_checkpoint(checkpoint, device)
+    if args.released:
+        model, ckpt = load_released(checkpoint, args.released, device)
+        trained = "released weights"
+    else:
+        model, ckpt = train.load_checkpoint(checkpoint, device)
+        trained = f"{ckpt['images_seen']:,} images in {ckpt['minutes']:.1f} minutes"
     ds = data.load(ckpt["dataset"]["name"], args.data_dir, ckpt["dataset"]["source"], device)
     parts = chosen_parts(args, ds)                                       # metrics and "figures"
     inception = load_inception(args.data_dir, device) if args.fid else None
 
     images = f"{ds.name}, rendered twin" if ds.source == "rendered" else f"{ds.name}, {ds.source}"
-    print(f"{checkpoint}: {ckpt['images_seen']:,} images in {ckpt['minutes']:.1f} minutes; {images}", flush=True)
+    print(f"{checkpoint}: {trained}; {images}", flush=True)
     # Paper: its released evaluation fits the PCA on all images; mean and direction of 32 numbers need far fewer.
     probe = Probe(model, ds, 10_000 if ds.name == "celeba" else 4_000 if args.quick else 20_000, args.seed)
     steps = min(ckpt["config"]["ddim_steps"], 20 if args.quick else math.inf)
     report = {"checkpoint": str(checkpoint), "dataset": ds.name, "source": ds.source, "images": images,
-              "images_seen": ckpt["images_seen"], "minutes": round(ckpt["minutes"], 2), "seed": args.seed,
+              "images_seen": ckpt["images_seen"], "minutes": ckpt["minutes"] and round(ckpt["minutes"], 2),
+              "seed": args.seed,
               "quick": args.quick, "pca_images": len(probe.idx), "ddim_steps": steps, "scores": {}, "figures": [],
               # The value of a unit's best factor is what its anchors should separate.
               "separation": separation(model.dyga, probe.c, probe.factors[:, probe.nmi.argmax(0)], probe.active),
