@@ -43,7 +43,7 @@ from vqgan import VQGAN, Stage1, to_float
 
 FORMAT = 1           # version of the checkpoint's layout
 SAVE_MINUTES = 3     # between two checkpoints and their pictures
-STAGE1_SHARE = 0.15  # of the time that --minutes gives
+STAGE1_SHARE = 0.1  # of the time that --minutes gives
 
 # ---- Settings: default < preset < dataset < flag ---------------------------------------------------------------------
 # The defaults are the paper's. Those of the networks stand beside their code, as arguments of these classes, and become
@@ -77,7 +77,7 @@ CHOICES = {"loss": ["l1", "mse"], "optimizer": ["adamw", "muon"], "t_sampling": 
            "anchors": ["dyga", "fsq", "none"]}
 PRESETS = {
     "paper": {},
-    # For 2 CPU cores and about half an hour. The method is the paper's; the sizes are not.
+    # For one or two CPU cores and less than an hour. The method is the paper's; the sizes are not.
     "laptop": {
         # Stage 1 with 8x8 latents (f = 8), because a 16x16 U-Net costs four times as much per image; no discriminator,
         # which would double the time of a step.
@@ -653,7 +653,7 @@ def main():
             f.truncate(min(run.log_bytes, f.tell()))
     why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
     kind = "bfloat16 in stage 2" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
-    duration = {"laptop": "about 30 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
+    duration = {"laptop": "about 40 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
     duration = f"{cfg['minutes']:g} minutes as asked (not reproducible to the bit)" if cfg["minutes"] else duration
     print(f"preset {cfg['preset']} ({why}); device {args.device}, {kind}; images: {run.data.source_note}; {duration}")
     def stop(signum, frame):  # finish the step, save, leave; a second signal ends the process at once
