@@ -1,6 +1,6 @@
 """The benchmark: one command, one table.
 
-    OMP_NUM_THREADS=1 python tests/bench.py            # all rows, about three minutes
+    OMP_NUM_THREADS=1 python tests/bench.py            # all rows, about ten minutes
     OMP_NUM_THREADS=1 python tests/bench.py dyga data  # some of them
 
 Every number is the median of several runs after a warm-up, in this process, on the threads that torch was given. On a
@@ -8,6 +8,8 @@ shared machine trust the ratios (measured in one run), not the seconds.
 """
 
 import copy
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -19,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import dyga  # noqa: E402
+import evaluate  # noqa: E402
 import train  # noqa: E402
 import unet  # noqa: E402
 
@@ -215,6 +219,37 @@ def bench_dyga():
             f"{peer / ours:.0f} times as fast as scikit-learn ({peer:.1f} s)")
     c = units[:64]
     yield "align, batch 64", f"{median_seconds(lambda: model.align(c), 20) * 1e3:.1f} ms", ""
+
+
+def codes_of_the_whole_grid():
+    """encode() for the metrics: ten noisy units for all 480,000 images of Shapes3D, and the sizes of its factors."""
+    sizes, generator = [10, 10, 10, 8, 4, 15], np.random.default_rng(0)
+    factors = np.stack(np.unravel_index(np.arange(480_000), sizes), 1)  # (480000, 6)
+    codes = factors[:, [0, 1, 2, 3, 4, 5, 0, 1, 2, 5]] + 0.3 * generator.normal(size=(480_000, 10))
+    return lambda idx: codes[idx], sizes
+
+
+def bench_metrics():
+    """The metrics without boosted trees, at full sample counts."""
+    encode, sizes = codes_of_the_whole_grid()
+    whole = 0
+    for metric in (evaluate.factor_vae, evaluate.mig, evaluate.modularity, evaluate.sap, evaluate.infomec):
+        seconds = median_seconds(lambda: metric(encode, sizes), 1, 0)
+        whole += seconds
+        yield metric.__name__, f"{seconds:.2f} s", f"{whole:.2f} s with those above"
+
+
+def bench_dci():
+    """A full DCI: does its wall time come near its CPU time over cores? (Several minutes.)"""
+    def cpu_seconds():
+        get_reusable_executor().shutdown(wait=True)  # the time of a process counts once it has ended
+        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    encode, sizes = codes_of_the_whole_grid()
+    before = cpu_seconds()
+    wall = median_seconds(lambda: evaluate.dci(encode, sizes), 1, 0)
+    cores = len(os.sched_getaffinity(0))
+    share = (cpu_seconds() - before) / cores
+    yield "DCI, 10,000 / 5,000 samples", f"{wall:.0f} s", f"{wall / share:.2f} times its CPU time over {cores} cores"
 
 
 def main():
