@@ -114,8 +114,9 @@ def plain(model):
         for name, child in list(module.named_children()):
             if type(child).__name__ == "Attention":
                 setattr(module, name, PlainAttention(child))
-    model.extractor.expand = PlainUnits(model.extractor)
-    model.extractor.unit_mlp = None
+    units = PlainUnits(model.extractor)
+    model.extractor.unit_mlp = units  # their parameters are the extractor's
+    model.extractor.__dict__["expand"] = units  # before the method of that name
     return model
 
 
