@@ -25,7 +25,6 @@ import re
 import string
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import joblib
@@ -843,9 +842,7 @@ def read_released(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a model file of the paper's released code")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile
+        train.check_archive(path)
         # Old Lightning wrote classes of its own beside the weights, such as a callback's. Nobody needs them here.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Foreign, name) for name in names]):

@@ -223,15 +223,20 @@ class Model(torch.nn.Module):
         return self.vqgan.decode(ddim(self.unet, noise, c, self.alpha_bar, steps or self.cfg["ddim_steps"]))
 
 
+def check_archive(path):
+    """zipfile.BadZipFile if a part of a file of torch.save is damaged. torch.load does not look at the checksums in the
+    file: a flipped bit would become a wrong weight."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():  # the first damaged part
+            raise zipfile.BadZipFile
+
+
 def read_checkpoint(path):
     """Read a checkpoint of this code safely (tensors and plain values only) -> dict. UserError for anything else."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint of train.py, such as out/shapes3d-laptop/ckpt.pt")
     try:
-        # torch.load does not look at the checksums in the file: a flipped bit would become a wrong weight.
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # the first damaged part
-                raise zipfile.BadZipFile
+        check_archive(path)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may carry
     except Exception as error:  # foreign bytes can fail in any way, and nothing of ours runs inside this try
         raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, cut short, or of "
