@@ -1,5 +1,8 @@
 """Images with known factors: four real datasets, and a rendered twin of Shapes3D that needs no download.
 
+The twin is a drawing of the same room, objects and colours, for the same 480,000 combinations of factors in the same
+order. It is not the data: textures are missing, and a score on it is not a score on Shapes3D.
+
 This is the input of every stage. `load("shapes3d")` returns one small object, whatever lies behind it (a renderer, a
 memory-mapped file, a tensor on the GPU): ask it for images by index, and for the factors that an index stands for.
 Try it alone: `python data.py --dataset shapes3d` prints what was found (source, number of images, factors and their
@@ -64,21 +67,21 @@ def replacing(path):
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
-        os.replace(temporary, path)                     # atomic: a reader finds the old file or the whole new one
+        os.replace(temporary, path)  # atomic: a reader finds the old file or the whole new one
     finally:
-        temporary.unlink(missing_ok=True)               # after the rename there is nothing left to delete
+        temporary.unlink(missing_ok=True)  # after the rename there is nothing left to delete
 
 
 def image_grid(images, row_labels=None, col_labels=None, title=None, scale=1):
     """Draw uint8 images (R, C, 3, H, W) with R row and C column labels, every pixel `scale` wide, as a PIL.Image."""
     tiles = torch.as_tensor(images).cpu().repeat_interleave(scale, 3).repeat_interleave(scale, 4).movedim(2, 4)
-    R, C, H, W, _ = tiles.shape                         # (R, C, scale H, scale W, 3)
+    R, C, H, W, _ = tiles.shape  # (R, C, scale H, scale W, 3)
     rows, cols, titles = ([str(text) for text in texts or []] for texts in (row_labels, col_labels, title and [title]))
     font, line, gap = ImageFont.load_default(size=13), 18, 2
     rows_width, cols_width, title_width = (max([math.ceil(font.getlength(text)) + 8 for text in texts], default=0)
                                            for texts in (rows, cols, titles))
     left, top = rows_width, line * (bool(titles) + bool(cols))
-    pitch = max(W, cols_width) + gap                    # columns move apart where a label is wider than an image
+    pitch = max(W, cols_width) + gap  # columns move apart where a label is wider than an image
     sheet = Image.new("RGB", (max(left + C * pitch, title_width), top + R * (H + gap)), "white")
     # Text, its place, and which point of it goes there: left, middle or right, at the vertical middle.
     texts = [(text, (4, line / 2), "lm") for text in titles]
@@ -108,9 +111,9 @@ def vector(x, y, z):
     return torch.tensor([x, y, z], dtype=torch.float32)[:, None]
 
 
-SIZE, OVER, SQUARE = 64, 3, (64, 64)    # images are 64x64, drawn with OVER samples per pixel and side, at 192x192
+SIZE, OVER, SQUARE = 64, 3, (64, 64)  # images are 64x64, drawn with OVER samples per pixel and side, at 192x192
 FOCAL = SIZE / 2 / math.tan(math.radians(25))  # 68.62 pixels: a vertical field of view of 50 degrees
-WALL_AT, WALL_HEIGHT = 3.5, 2.0         # walls at x = +-3.5 and y = 3.5, no ceiling, so sky above
+WALL_AT, WALL_HEIGHT = 3.5, 2.0  # walls at x = +-3.5 and y = 3.5, no ceiling, so sky above
 UP, LIGHT = vector(0, 0, 1), vector(-1.5, 0.5, 7.5)  # a spot light that points straight down
 AMBIENT = {"floor": 0.354, "wall": 0.352, "object": 0.364}
 HEADLIGHT, SPOT, SHADOW = 0.58, 0.95, 0.337  # SHADOW is all the light that a floor point in shadow gets
@@ -138,7 +141,7 @@ def camera(orientation):
 
 def shade(kind, points, normals, forward):
     """Brightness (n,) of points (3, n) with outward unit normals (3, n): ambient + headlight + spot light."""
-    headlight = -(normals * forward).sum(0)             # from the camera's direction, whatever the distance
+    headlight = -(normals * forward).sum(0)  # from the camera's direction, whatever the distance
     to_light = torch.nn.functional.normalize(LIGHT - points, dim=0)  # (3, n)
     spot = (normals * to_light).sum(0).clamp(min=0) * to_light[2] ** 10  # cosine law, times the cone's fall-off
     return AMBIENT[kind] + HEADLIGHT * headlight.clamp(min=0) + SPOT * spot
@@ -148,8 +151,8 @@ def draw_room(centre, forward, rays):
     """The empty room: shade of floor and of walls, and 1 for sky, each 0 elsewhere (3, n); the points seen (3, n)."""
     x, y, z = rays
     to_floor = torch.where(z < 0, -centre[2] / z, torch.inf)
-    to_side = (x.sign() * WALL_AT - centre[0]) / x      # left or right wall, whichever lies ahead
-    to_back = (WALL_AT - centre[1]) / y                 # y > 0 always: the camera never turns that far
+    to_side = (x.sign() * WALL_AT - centre[0]) / x  # left or right wall, whichever lies ahead
+    to_back = (WALL_AT - centre[1]) / y  # y > 0 always: the camera never turns that far
     to_wall = torch.minimum(to_side, to_back)
     points = centre + torch.minimum(to_floor, to_wall) * rays
     floor = to_floor < to_wall
@@ -169,7 +172,7 @@ def slab(o, d, half):
 def ball(o, d, radius):
     """Depths (near, far) between which |o + depth d| < radius: a ball in 3 axes, an endless upright bar in 2."""
     a, b, c = (d * d).sum(0), (o * d).sum(0), (o * o).sum(0) - radius ** 2
-    root = (b * b - a * c).sqrt()                       # solves a depth^2 + 2 b depth + c = 0; nan for a miss
+    root = (b * b - a * c).sqrt()  # solves a depth^2 + 2 b depth + c = 0; nan for a miss
     return (-b - root) / a, (-b + root) / a
 
 
@@ -179,7 +182,7 @@ def first_hit(shape, radius, half, o, d):
     A ray is inside a convex solid for one interval of depths, and to cut two solids is to cut their intervals: a cube
     is where three slabs meet, a cylinder where a bar meets a slab, a capsule a cylinder joined with two balls.
     """
-    solids = []                                         # each a list of intervals that must overlap
+    solids = []  # each a list of intervals that must overlap
     if shape == "cube":
         solids += [[slab(o[axis], d[axis], radius) for axis in range(3)]]
     if shape in ("cylinder", "capsule"):
@@ -195,9 +198,9 @@ def first_hit(shape, radius, half, o, d):
 
 def outward(shape, radius, half, points):
     """Unit normals (3, n) at surface points (3, n) of an object centred at 0."""
-    if shape == "cube":                                 # the face is the axis along which the point is furthest out
+    if shape == "cube":  # the face is the axis along which the point is furthest out
         return torch.where(points.abs() == points.abs().amax(0), points.sign(), 0.0)
-    lid = points[2].abs() > 0.9999 * half               # on a cylinder's flat ends; 0.9999 forgives rounding
+    lid = points[2].abs() > 0.9999 * half  # on a cylinder's flat ends; 0.9999 forgives rounding
     if shape == "cylinder":
         return torch.where(lid, points[2].sign() * UP, points * vector(1, 1, 0) / radius)
     return (points - points[2].clamp(-half, half) * UP) / radius  # away from the nearest point of the capsule's axis
@@ -222,7 +225,7 @@ def weight_maps():
         ground = points[:, floor]
         for scale, k in np.ndindex(8, len(SHAPES)):
             shape, (radius, half) = list(SHAPES.items())[k]
-            s = 0.75 + 0.5 * scale / 7                  # the values linspace(0.75, 1.25, 8)
+            s = 0.75 + 0.5 * scale / 7  # the values linspace(0.75, 1.25, 8)
             size = shape, s * radius, s * half
             middle = s * (half if shape in ("cube", "cylinder") else half + radius) * UP  # it stands on the floor
             picture = torch.zeros(5, rays.shape[1])
@@ -251,7 +254,7 @@ def rendered(device):
 
     def draw(idx):
         rows = [idx // 48000, idx // 4800 % 10, idx // 480 % 10, 0 * idx + 10, 0 * idx + 11]  # of PALETTE
-        colours = palette[torch.stack(rows, 1)].mT      # (B, 3, 5)
+        colours = palette[torch.stack(rows, 1)].mT  # (B, 3, 5)
         pixels = colours @ maps.index_select(0, idx % 480)  # (B, 3, 5) @ (B, 5, 4096) = (B, 3, 4096)
         # Clipped only now, after shrinking, like the original: that keeps the ringing beside sharp edges.
         return pixels.round_().clamp_(0, 255).to(torch.uint8).view(-1, 3, *SQUARE)  # (B, 3, 64, 64)
@@ -304,7 +307,7 @@ def read_cars3d(path, facts):
     (elevations, azimuths, types), folder, cars = facts["factors"].values(), path.is_dir(), {}
     with (readable(path, facts["advice"]),
           contextlib.nullcontext(path.glob("car_*.mat")) if folder else tarfile.open(path) as entries):
-        for entry in entries:                           # the archive also holds that paper's other datasets
+        for entry in entries:  # the archive also holds that paper's other datasets
             if folder or Path(entry.name).match("cars/car_*.mat"):
                 im = scipy.io.loadmat(entry if folder else entries.extractfile(entry))["im"]
                 expect(entry.name, (im.dtype.name, *im.shape), ("uint8", 128, 128, 3, azimuths, elevations))
@@ -313,7 +316,7 @@ def read_cars3d(path, facts):
                 cars[Path(entry.name).name] = np.stack(views)  # (elevations * azimuths, 64, 64, 3)
         expect("cars", len(cars), types)
         while not folder and entries.fileobj.read(1 << 20):
-            pass                                        # to the very end: there gzip compares its checksum
+            pass  # to the very end: there gzip compares its checksum
     # Row-major in (elevation, azimuth, object type): the car changes fastest. Which car is number 0 is only a name:
     # disentanglement_lib takes the order of the folder on disk, we sort.
     for view in range(elevations * azimuths):
@@ -323,7 +326,7 @@ def read_cars3d(path, facts):
 def read_mpi3d_toy(path, facts):
     """mpi3d_toy.npz: a zip archive with images.npy, uint8 (1036800, 64, 64, 3). 12 GB, so read piece by piece."""
     with readable(path, facts["advice"]), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
-        np.lib.format.read_magic(file)                  # the first 8 bytes; then shape, column-major or not, dtype
+        np.lib.format.read_magic(file)  # the first 8 bytes; then shape, column-major or not, dtype
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
         expect("images", (dtype.name, fortran_order, *shape), ("uint8", False, facts["images"], *SQUARE, 3))
         for start in range(0, shape[0], PIECE):
@@ -386,7 +389,7 @@ def convert(path, npy, facts):
             for piece in facts["read"](path, facts):
                 file.write(np.ascontiguousarray(piece))
                 bar.update(len(piece))
-    except OSError as error:                            # of writing: readable() has turned those of reading
+    except OSError as error:  # of writing: readable() has turned those of reading
         size = facts["images"] * SIZE * SIZE * 3 / 1e9
         raise UserError(f"cannot write {npy} ({error.strerror}); make room there for {size:.1f} GB") from error
 
@@ -407,7 +410,7 @@ DATASETS = {
         advice="get it from https://github.com/rr-learning/disentanglement_dataset",
         factors={"object colour": 6, "object shape": 6, "object size": 2, "camera height": 3, "background colour": 3,
                  "first DOF": 40, "second DOF": 40}),
-    "celeba": dict(                                     # its 40 factors are named in list_attr_celeba
+    "celeba": dict(  # its 40 factors are named in list_attr_celeba
         read=read_celeba, images=202_599,
         paths=["img_align_celeba.zip", "img_align_celeba", "img_align_celeba/img_align_celeba"],
         advice="get it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html", factors={}),
@@ -417,7 +420,7 @@ DATASETS = {
 def stored(npy, facts, device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file, held on the GPU where it fits."""
     with readable(npy, "delete it, and the next run makes it again"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # PyTorch warns that the file cannot be written to: fine
+        warnings.simplefilter("ignore")  # PyTorch warns that the file cannot be written to: fine
         pixels = torch.from_numpy(np.load(npy, mmap_mode="r"))  # (images, 64, 64, 3), still on disk
         expect("images", (pixels.dtype, *pixels.shape), (torch.uint8, facts["images"], *SQUARE, 3))
     # At most half of the free memory: the networks need the rest.
@@ -477,7 +480,7 @@ def load(dataset, data_dir="data", source="auto", device="cpu"):
     if source not in ("auto", "official", "rendered") or (source == "rendered" and dataset != "shapes3d"):
         raise UserError(f"{dataset} has no source {source!r}: choose auto or official (or rendered, for shapes3d only)")
     facts, device, data_dir = DATASETS[dataset], torch.device(device), Path(data_dir)
-    npy = data_dir / f"{dataset}-64x64.npy"             # once this is made, the official file may go
+    npy = data_dir / f"{dataset}-64x64.npy"  # once this is made, the official file may go
     found = [data_dir / path for path in facts["paths"] if (data_dir / path).exists()]
     lack = "" if found or npy.exists() else f"no {facts['paths'][0]} in {data_dir}"
     if dataset == "shapes3d" and (source == "rendered" or source == "auto" and lack):
@@ -498,12 +501,12 @@ def sample_grid(data, generator, columns=15):
     held = data.factors(torch.arange(len(data))) if data.name == "celeba" else None  # (images, F)
     rows, labels, what = [], [], "in each row only one factor changes; the column is its value"
     for f, (name, size) in enumerate(zip(data.factor_names, data.factor_sizes)):
-        step = math.ceil(size / columns)                # a factor of many values skips some
+        step = math.ceil(size / columns)  # a factor of many values skips some
         values = torch.arange(0, size, step)
-        if held is not None:                            # CelebA is no grid: show images that have the attribute
+        if held is not None:  # CelebA is no grid: show images that have the attribute
             idx, what = held[:, f].nonzero()[:columns, 0], "each row shows faces that have the attribute"
         else:
-            factors = start.repeat(len(values), 1)      # (values, F)
+            factors = start.repeat(len(values), 1)  # (values, F)
             factors[:, f] = values
             idx = data.index(factors)
         blank = torch.full((columns - len(idx), 3, *SQUARE), 255, dtype=torch.uint8)

@@ -9,7 +9,8 @@ means one factor (wall hue, say) should take one group of values per attribute (
             result, works better with sharp groups, and so teaches the extractor to make them.
 
     python dyga.py      # fits toy units, prints the anchors found beside the truth, draws out/dyga.png
-It knows nothing of diffusion: any model with latent units can use it.
+It knows nothing of diffusion: any model with latent units can use it. First reading: DyGA.align and DyGA.fit, near the
+end, then upwards what fit calls; Moments is only a fast way to add up second moments.
 """
 
 import math
@@ -29,7 +30,7 @@ BLOCK = 64  # rows of one block in Moments
 
 class Mixture(NamedTuple):
     """N Gaussian mixtures of up to K components, HDDC's model [a_kj b_k Q_k d_k]: component k has variance a_kj along
-    its d_k main directions q_kj, and one variance b_k along the D - d_k others."""
+    its d_k main directions q_kj, and one variance b_k along the D - d_k others. The data choose d_k: see scree."""
 
     mask: torch.Tensor  # (N, K) bool: the component is present
     log_pi: torch.Tensor  # (N, K) log of its weight
@@ -130,8 +131,8 @@ def e_step(x, m, weight):
 
 
 def scree(eigenvalues, threshold=0.2):
-    """Cattell's scree test: how many eigenvalues (..., D), falling, come before the last drop above threshold times the
-    largest drop. Returns (...) int64, from 1 to D - 1."""
+    """Cattell's scree test, which chooses d_k: find the last step down between neighbouring eigenvalues (..., D), given
+    falling, that is above threshold times the largest step; count those before it. Returns (...) int64, 1 to D - 1."""
     drop = eigenvalues[..., :-1] - eigenvalues[..., 1:]  # (..., D-1)
     large = drop > threshold * drop.amax(-1, keepdim=True)
     return (large * torch.arange(1, eigenvalues.shape[-1], device=drop.device)).amax(-1).clamp(min=1)
@@ -250,7 +251,7 @@ class DyGA(nn.Module):
         # Buffers move with .to(device) and travel in the checkpoint. Shapes never change; mask says what is there.
         self.register_buffer("centre", torch.zeros(N, D))  # normalised x = (c - centre) / scale
         self.register_buffer("scale", torch.ones(N))
-        self.register_buffer("live", torch.zeros(N, dtype=torch.bool))  # the unit varies, so it may be moved
+        self.register_buffer("live", torch.zeros(N, dtype=torch.bool))  # the unit is not constant, so it may be moved
         self.register_buffer("anchors", torch.zeros(N, K, D))  # mu in the unit's own space; the rest is normalised
         self.register_buffer("mask", torch.zeros(N, K, dtype=torch.bool))
         self.register_buffer("log_pi", torch.zeros(N, K))
@@ -299,7 +300,8 @@ class DyGA(nn.Module):
         kept = x.gather(1, kept[..., None].expand(-1, -1, D)).double()  # (N, kept, D)
         centre = kept.mean(1)  # (N, D)
         scale = (kept - centre[:, None]).square().mean((1, 2)).sqrt()  # (N,)
-        # What varies by a millionth of its size is rounding: such a unit carries nothing, and is never moved.
+        # What varies by a millionth of its size is rounding: such a unit is constant, and never moved. (A unit of pure
+        # noise varies: it is fitted and moved like any other.)
         self.live.copy_(scale > 1e-6 * centre.square().mean(1).sqrt())
         self.scale.copy_(torch.where(self.live, scale, 1))
         self.centre.copy_(centre)
@@ -427,20 +429,21 @@ class DyGA(nn.Module):
         """
         # Paper: Gumbel noise on r, then softmax(r / 1e-4). As r is in [0, 1], noise of size 1 finds the right of K
         # anchors with chance e / (e + K - 1) only, even where r is 1; but the text wants the highest r. Here: argmax,
-        # and noise on log r as an option. A softmax at 1e-4 is a step, with gradient 0, so k is a constant here:
-        # gradients pass straight through the choice, by way of c itself and of delta.
+        # and noise on log r as an option. A softmax at 1e-4 is a step, with gradient 0, so the choice and the anchor
+        # are constants here: no gradient reaches them. The unit gets it through c itself and through delta.
         r = self.responsibilities(c)  # (B, N, K)
         if gumbel is not None:
             u = torch.rand(r.shape, generator=gumbel, device=r.device)
             r = r.log() - (-u.clamp(min=1e-20).log()).log()
         k = r.argmax(-1)  # (B, N)
-        mu = self.anchors[torch.arange(k.shape[1], device=k.device), k]  # (B, N, D)
+        anchor = self.anchors[torch.arange(k.shape[1], device=k.device), k]  # (B, N, D), in c's own space
         x = c.float()  # what follows is elementwise, which autocast leaves in float32
-        # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever the others say.
-        # Here a tenth of the unit's scale is the least denominator.
+        # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever the unit's other
+        # numbers say; here a tenth of the unit's scale is the least denominator. And delta is each unit's own: the
+        # released code has one for the whole batch, where one such c_j switches alignment off for everybody.
         size = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
-        delta = self.lam * (-((x - mu).abs() / size).mean(-1)).exp() * self.live  # (B, N)
-        out = (x + delta[..., None] * (mu - x)).to(c.dtype)
+        delta = self.lam * (-((x - anchor).abs() / size).mean(-1)).exp() * self.live  # (B, N)
+        out = (x + delta[..., None] * (anchor - x)).to(c.dtype)
         return (out, delta) if return_delta else out
 
     def delta(self, c):

@@ -1,7 +1,7 @@
 """From a checkpoint to numbers, pictures and one page: the last stage, and the only one that looks at true factors.
 
     python evaluate.py out/shapes3d-laptop/ckpt.pt              # everything, at the paper's sample counts
-    python evaluate.py out/shapes3d-laptop/ckpt.pt --quick      # under two minutes, at smaller counts
+    python evaluate.py out/shapes3d-laptop/ckpt.pt --quick      # half a minute, at smaller counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
     python evaluate.py epoch=99.ckpt --released shapes3d        # weights of the paper's own released code
 
@@ -47,28 +47,31 @@ import train
 from data import UserError
 from unet import ddim
 
-BATCH = 500     # images that go through the extractor at once
+BATCH = 500  # images that go through the extractor at once
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 # ---- Codes: from images to one number per unit ----------------------------------------------------------------------
+
 
 def fit_pca(c):
     """One-component PCA of every unit at once. c: (n, N, D). Returns mean and direction, each (N, D) float32.
 
     All metrics but FID see a unit as one number (section 4.1). A unit IS one number under an MLP, so little is lost.
     """
-    mean = c.double().mean(0)                                               # (N, D)
-    x = c.double() - mean                                                   # (n, N, D)
-    cov = torch.einsum("nud,nue->ude", x, x) / len(c)                       # (N, D, D)
-    direction = torch.linalg.eigh(cov).eigenvectors[..., -1]                # (N, D), of the largest eigenvalue
+    mean = c.double().mean(0)  # (N, D)
+    x = c.double() - mean  # (n, N, D)
+    cov = torch.einsum("nud,nue->ude", x, x) / len(c)  # (N, D, D)
+    direction = torch.linalg.eigh(cov).eigenvectors[..., -1]  # (N, D), of the largest eigenvalue
     # An eigenvector's sign is free. Fix it, or the same model would be drawn left to right one day and back the next.
     sign = direction.gather(1, direction.abs().argmax(1, keepdim=True)).sign()
     return mean.float(), (direction * sign).float()
 
-def to_scalars(c, pca):
+
+def project(c, pca):
     """Units c (n, N, D) to their coordinates along the first component, (n, N)."""
     mean, direction = (t.to(c.device) for t in pca)
-    return ((c - mean) * direction).sum(-1)                                 # (n, N)
+    return ((c - mean) * direction).sum(-1)  # (n, N)
+
 
 class Codes:
     """encode(idx) for the metrics: every image is encoded once, when it is first asked for, and remembered.
@@ -78,19 +81,19 @@ class Codes:
 
     def __init__(self, model, ds, pca):
         self.model, self.ds, self.pca = model, ds, pca
-        self.table = np.zeros((len(ds), len(pca[0])), np.float32)        # (images, N)
-        self.known = np.zeros(len(ds), bool)                             # which rows of the table are filled
+        self.table = np.zeros((len(ds), len(pca[0])), np.float32)  # (images, N)
+        self.known = np.zeros(len(ds), bool)  # which rows of the table are filled
 
     def __call__(self, idx):
         """idx int64 (B,) -> float32 (B, N)."""
-        new = np.unique(idx[~self.known[idx]])                           # metrics draw with replacement
+        new = np.unique(idx[~self.known[idx]])  # metrics draw with replacement
         parts = [new[i:i + BATCH] for i in range(0, len(new), BATCH)]
         # A bar only where there is something to wait for; None means: if this is a terminal.
         silent = None if len(parts) > 10 else True
         for part in tqdm(parts, f"encoding {len(new):,} images", leave=False, disable=silent):
             # The PCA runs on the model's device: 32 times fewer numbers come back from it.
-            c = self.model.units(self.ds.images(torch.from_numpy(part).to(self.ds.device)))     # (B, N, D)
-            self.table[part] = to_scalars(c, self.pca).cpu().numpy()
+            c = self.model.units(self.ds.images(torch.from_numpy(part).to(self.ds.device)))  # (B, N, D)
+            self.table[part] = project(c, self.pca).cpu().numpy()
             self.known[part] = True
         return self.table[idx]
 
@@ -100,7 +103,12 @@ class Codes:
 # factor independently and with replacement, train before test, from one generator made of `seed`. What one should know
 # about a score (no active unit, an undefined value) is said by a warning; NaN or Inf in codes is a ValueError.
 #
+# Scores may disagree, because they ask different things. FactorVAE asks only which unit is the most silent: a unit that
+# leaks a bit of a second factor still wins its votes, while DCI charges for each leak. Both let several units share a
+# factor; MIG does not.
+#
 # A factor of one value can be told from nothing. It is left out; its size is 1, so the indices stay right without it.
+
 
 def grid(factor_sizes, at_least=1):
     """Sizes of the factors that vary, int64 (K,). ValueError if there are fewer than at_least."""
@@ -109,38 +117,44 @@ def grid(factor_sizes, at_least=1):
         raise ValueError(f"factor_sizes {list(factor_sizes)}: at least {at_least} factors of two or more values needed")
     return sizes
 
+
 def finite(codes):
     """codes (n, U), unchanged. ValueError naming the units that hold NaN or Inf."""
-    bad = np.flatnonzero(~np.isfinite(codes).all(0))                     # one bad number spoils its whole unit
+    bad = np.flatnonzero(~np.isfinite(codes).all(0))  # one bad number spoils its whole unit
     if len(bad):
         raise ValueError(f"the codes of unit {', '.join(map(str, bad))} hold NaN or Inf; metrics need finite codes")
     return codes
 
+
 def encode_factors(encode, factors, sizes):
     """Codes float64 (n, U) of factors int64 (n, K). ValueError if encode gives another shape, NaN or Inf."""
-    codes = encode(np.ravel_multi_index(factors.T, sizes))               # row-major, first factor slowest
+    codes = encode(np.ravel_multi_index(factors.T, sizes))  # row-major, first factor slowest
     codes = np.asarray(codes.detach().cpu() if torch.is_tensor(codes) else codes, dtype=np.float64)
     if codes.ndim != 2 or len(codes) != len(factors):
         raise ValueError(f"encode gave shape {codes.shape} for {len(factors)} indices; expected ({len(factors)}, U)")
     return finite(codes)
 
+
 def sample(encode, sizes, n, rng, units=1):
     """n random codes (n, U) and their factors int64 (n, K). ValueError if U < units or some factor does not vary."""
-    factors = rng.integers(0, sizes, size=(n, len(sizes)))                  # (n, K)
-    codes = encode_factors(encode, factors, sizes)                          # (n, U)
+    factors = rng.integers(0, sizes, size=(n, len(sizes)))  # (n, K)
+    codes = encode_factors(encode, factors, sizes)  # (n, U)
     if codes.shape[1] < units:
         raise ValueError(f"{codes.shape[1]} unit: this metric compares units with each other and needs {units}")
     if (factors == factors[:1]).all(0).any():
         raise ValueError(f"a factor takes one value in all of {n} samples: draw more")
     return codes, factors
 
+
 def gap(scores):
     """Best minus second best unit. scores: (U, ...) -> (...)."""
     return np.sort(scores, axis=0)[-1] - np.sort(scores, axis=0)[-2]
 
+
 def entropy(p, axis):
     """Entropy of distributions along an axis, in nats; 0 log 0 is 0."""
     return -(p * np.log(np.where(p > 0, p, 1))).sum(axis)
+
 
 def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, n_test=5_000, batch=64):
     """FactorVAE score (reference 31), 0 to 1: hold one factor fixed and see which unit falls silent.
@@ -150,29 +164,30 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
     is how often that name is right on new votes. Units of sd < 0.05 take no part; if none is left the score is 0.
     """
     sizes, rng = grid(factor_sizes), np.random.default_rng(seed)
-    overall = sample(encode, sizes, n_variance, rng)[0].var(0, ddof=1)      # (U,)
+    overall = sample(encode, sizes, n_variance, rng)[0].var(0, ddof=1)  # (U,)
     # The threshold is absolute, as in the reference: a good code that is scaled down far enough scores 0.
-    active = np.sqrt(overall) >= 0.05                                       # (U,)
+    active = np.sqrt(overall) >= 0.05  # (U,)
     if not active.any():
         warnings.warn("FactorVAE: no active unit (all have sd < 0.05), so the score is 0")
         return 0.0
 
     def vote(n):
         """Votes as a table (A, K): how often factor k was fixed and active unit d was the most silent."""
-        table = np.zeros((active.sum(), len(sizes)), np.int64)           # (A, K)
+        table = np.zeros((active.sum(), len(sizes)), np.int64)  # (A, K)
         chunk = max(1, 2 ** 16 // batch)  # many votes per call of encode, yet some 10 MB at once
         for m in [min(chunk, n - start) for start in range(0, n, chunk)]:
-            k = rng.integers(len(sizes), size=m)                            # (m,) which factor is fixed
-            factors = rng.integers(0, sizes, size=(m, batch, len(sizes)))   # (m, batch, K)
+            k = rng.integers(len(sizes), size=m)  # (m,) which factor is fixed
+            factors = rng.integers(0, sizes, size=(m, batch, len(sizes)))  # (m, batch, K)
             factors[np.arange(m), :, k] = factors[np.arange(m), 0, k][:, None]  # the first sample sets the value
-            codes = encode_factors(encode, factors.reshape(m * batch, -1), sizes)   # (m*batch, U)
-            local = codes.reshape(m, batch, -1)[:, :, active].var(1, ddof=1)        # (m, A)
+            codes = encode_factors(encode, factors.reshape(m * batch, -1), sizes)  # (m*batch, U)
+            local = codes.reshape(m, batch, -1)[:, :, active].var(1, ddof=1)  # (m, A)
             np.add.at(table, ((local / overall[active]).argmin(1), k), 1)
         return table
 
     # argmax takes the lowest factor where votes tie, and factor 0 for a unit that got none.
-    name = vote(n_train).argmax(1)                                          # (A,)
+    name = vote(n_train).argmax(1)  # (A,)
     return float(vote(n_test)[np.arange(len(name)), name].sum() / n_test)
+
 
 def fit_trees(task):
     """One gradient-boosted classifier from codes to one factor; runs in a process of its own.
@@ -183,6 +198,7 @@ def fit_trees(task):
     # The reference sets no seed. It only decides between splits that are equally good.
     model = GradientBoostingClassifier(random_state=seed).fit(x, y)
     return number, model.feature_importances_, float(model.score(x_test, y_test))
+
 
 def fit_all_trees(tasks, jobs, desc):
     """fit_trees for all tasks in `jobs` processes (None: one per core), with a bar. Results in the tasks' order."""
@@ -196,6 +212,7 @@ def fit_all_trees(tasks, jobs, desc):
             results[number] = result
             bar.update(cost[number])
     return results
+
 
 def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=None):
     """DCI (reference 14): who is asked for what? Returns dict: disentanglement, completeness, informativeness, 0 to 1.
@@ -211,7 +228,7 @@ def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=None):
     tasks = [(k, x, y[:, k], x_test, y_test[:, k], seed) for k in range(len(sizes))]
     importances, accuracies = zip(*fit_all_trees(tasks, jobs, "DCI"))
     # Importances sum to 1 per factor, so every factor has the same say.
-    R = np.stack(importances, 1)                                            # (U, K)
+    R = np.stack(importances, 1)  # (U, K)
     if R.sum() == 0:  # no tree found anything to split, so all units are equally important
         R = np.ones_like(R)
 
@@ -222,25 +239,27 @@ def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=None):
     return {"disentanglement": float((certainty(1) * R.sum(1)).sum() / R.sum()),
             "completeness": float(certainty(0).mean()), "informativeness": float(np.mean(accuracies))}
 
+
 def mutual_information(codes, factors, bins=20):
     """Mutual information of each unit, cut into bins, with each factor, and the factors' entropies; in nats.
 
     codes (n, U), factors int64 (n, K) -> (U, K), (K,). Plug-in estimates: unrelated pairs get (bins-1)(values-1)/2n.
     """
     n, U = codes.shape
-    labels = np.empty((n, U), np.int64)                                  # the bin of every number
+    labels = np.empty((n, U), np.int64)  # the bin of every number
     for u in range(U):
         # Equal widths between least and largest value. Left edges only, or the largest would get a bin of its own.
         labels[:, u] = np.digitize(codes[:, u], np.histogram(codes[:, u], bins)[1][:-1]) - 1
-    one_hot = np.eye(bins, dtype=np.float32)[labels].reshape(n, U * bins)   # (n, U*bins)
+    one_hot = np.eye(bins, dtype=np.float32)[labels].reshape(n, U * bins)  # (n, U*bins)
     mi, h = np.zeros((U, factors.shape[1])), np.zeros(factors.shape[1])  # (U, K), (K,)
     for k, y in enumerate(factors.T):
         # A product of one-hot matrices counts all pairs (bin, value) of all units at once.
-        joint = one_hot.T @ np.eye(y.max() + 1, dtype=np.float32)[y]        # (U*bins, values)
-        joint = joint.reshape(U, bins, -1).astype(float) / n                # (U, bins, values)
-        h[k] = entropy(joint[0].sum(0), 0)                               # the factor is the same for every unit
+        joint = one_hot.T @ np.eye(y.max() + 1, dtype=np.float32)[y]  # (U*bins, values)
+        joint = joint.reshape(U, bins, -1).astype(float) / n  # (U, bins, values)
+        h[k] = entropy(joint[0].sum(0), 0)  # the factor is the same for every unit
         mi[:, k] = entropy(joint.sum(2), 1) + h[k] - entropy(joint, (1, 2))  # H(u) + H(k) - H(u, k)
     return np.where(mi > 1e-12, mi, 0), h  # no information may come out as +-1e-16
+
 
 def mig(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     """Mutual information gap (reference 9), 0 to 1: mean over factors of (best - second best unit's MI) / H(factor).
@@ -250,6 +269,7 @@ def mig(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     mi, h = mutual_information(*sample(encode, grid(factor_sizes), n_train, np.random.default_rng(seed), units=2), bins)
     return float((gap(mi) / h).mean())
 
+
 def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     """Modularity (reference 49), 0 to 1: does a unit know one factor? Mean over ALL units; it does not mind copies.
 
@@ -257,10 +277,11 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     ValueError for fewer than two factors.
     """
     sizes = grid(factor_sizes, at_least=2)
-    squared = mutual_information(*sample(encode, sizes, n_train, np.random.default_rng(seed)), bins)[0] ** 2    # (U, K)
-    best = squared.max(1)                                                   # (U,)
+    squared = mutual_information(*sample(encode, sizes, n_train, np.random.default_rng(seed)), bins)[0] ** 2  # (U, K)
+    best = squared.max(1)  # (U,)
     others = (squared.sum(1) - best) / np.where(best > 0, best, 1) / (len(sizes) - 1)  # (U,), 0 to 1
     return float(np.where(best > 0, 1 - others, 0).mean())
+
 
 def sap(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000):
     """SAP score (reference 33), 0 to 1: a linear classifier per factor and unit, on that unit's one number alone; mean
@@ -277,8 +298,9 @@ def sap(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000):
     pairs = [joblib.delayed(accuracy)(u, k) for u in range(x.shape[1]) for k in range(len(sizes))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        table = np.array(joblib.Parallel(-1, prefer="threads")(pairs)).reshape(x.shape[1], -1)      # (U, K)
+        table = np.array(joblib.Parallel(-1, prefer="threads")(pairs)).reshape(x.shape[1], -1)  # (U, K)
     return float(gap(table).mean())
+
 
 def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     """InfoMEC (reference 24). Returns dict: infom (modularity), infoc (compactness), infoe (explicitness).
@@ -288,18 +310,18 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     fewer than two active units; a warning says so. ValueError for fewer than two factors.
     """
     sizes, rng = grid(factor_sizes, at_least=2), np.random.default_rng(seed)
-    x, y = sample(encode, sizes, n_train, rng)                           # (n, U), (n, K)
+    x, y = sample(encode, sizes, n_train, rng)  # (n, U), (n, K)
     K = len(sizes)
-    spread = np.subtract(*np.percentile(x, [75, 25], axis=0))               # (U,)
+    spread = np.subtract(*np.percentile(x, [75, 25], axis=0))  # (U,)
     # This looks at scale, not information: noise of ordinary spread stays, a unit whose middle half is one value goes.
-    active = spread > spread.max() / 10                                     # (U,)
+    active = spread > spread.max() / 10  # (U,)
     A = int(active.sum())
-    x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)            # a constant unit becomes zeros
+    x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)  # a constant unit becomes zeros
     nmi = np.zeros((K, A))
     for k in range(K if A else 0):
-        h = entropy(np.bincount(y[:, k]) / n_train, 0)                   # in nats, as the estimator
+        h = entropy(np.bincount(y[:, k]) / n_train, 0)  # in nats, as the estimator
         # The estimator adds noise of 1e-10 so that no two values are equal: that is what its random_state is for.
-        nmi[k] = mutual_info_classif(x[:, active], y[:, k], n_neighbors=10, random_state=seed) / h      # (A,)
+        nmi[k] = mutual_info_classif(x[:, active], y[:, k], n_neighbors=10, random_state=seed) / h  # (A,)
 
     def error(x, y):
         """Training log loss of a linear classifier without penalty (C = inf), at most 100 steps as in the reference."""
@@ -312,11 +334,11 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     def above_chance(share, n):
         return float((share - 1 / n) / (1 - 1 / n))
 
-    infom, infoc, total = 0.0, math.nan, nmi.sum(0)                         # total: (A,)
+    infom, infoc, total = 0.0, math.nan, nmi.sum(0)  # total: (A,)
     if A == 0 or (total == 0).any():
         warnings.warn(f"InfoM: {A} active units, {(total == 0).sum()} of them without information, which count as 0")
     if A:
-        share = np.where(total > 0, nmi.max(0) / np.where(total > 0, total, 1), 1 / K)              # (A,)
+        share = np.where(total > 0, nmi.max(0) / np.where(total > 0, total, 1), 1 / K)  # (A,)
         infom = above_chance(share.mean(), K)
     if A > 1:
         infoc = above_chance((nmi.max(1) / (nmi.sum(1) + 1e-6)).mean(), A)
@@ -325,6 +347,7 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     # What the units save of the error that one makes without them, looking at zeros.
     infoe = np.mean([1 - error(x, y[:, k]) / error(0 * x, y[:, k]) for k in range(K)])
     return {"infom": infom, "infoc": infoc, "infoe": float(infoe)}
+
 
 def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=None):
     """Are few labels enough (Table 5)? Test accuracy of trees from 10,000 labels, and the share left at 1,000 and 100.
@@ -337,33 +360,36 @@ def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=None):
         x_test, y_test = sample(encode, sizes, n_test, rng)
         tasks += [(len(tasks) + k, x, y[:, k], x_test, y_test[:, k], seed) for k in range(len(sizes))]
     accuracies = [accuracy for _, accuracy in fit_all_trees(tasks, jobs, "sample efficiency")]
-    acc, acc_1000, acc_100 = np.reshape(accuracies, (3, -1)).mean(1)        # (3, K) -> (3,)
+    acc, acc_1000, acc_100 = np.reshape(accuracies, (3, -1)).mean(1)  # (3, K) -> (3,)
     return {"acc": float(acc), "acc_1000_ratio": float(acc_1000 / acc), "acc_100_ratio": float(acc_100 / acc)}
+
 
 def stepped_auroc(codes, attributes, step):
     """AUROC of every unit for every attribute, from a few thresholds; the larger of both directions. Returns (U, A)."""
-    low, high = codes.min(0), codes.max(0)                                  # (U,)
-    result = np.full((codes.shape[1], attributes.shape[1]), 0.5)         # (U, A)
+    low, high = codes.min(0), codes.max(0)  # (U,)
+    result = np.full((codes.shape[1], attributes.shape[1]), 0.5)  # (U, A)
     # A unit of small range counts as a guess; like the thresholds' steps, this is the reference's rule.
     for u in np.flatnonzero(high - low > 0.2):
-        thresholds = low[u] + np.arange(0, 1 + step / 2, step) * (high[u] - low[u])                 # (T,)
-        above = (codes[:, u] >= thresholds[:, None]).astype(float)          # (T, n)
-        tpr = above @ attributes / np.maximum(attributes.sum(0), 1)         # (T, A)
-        fpr = above @ (1 - attributes) / np.maximum((1 - attributes).sum(0), 1)                     # (T, A)
+        thresholds = low[u] + np.arange(0, 1 + step / 2, step) * (high[u] - low[u])  # (T,)
+        above = (codes[:, u] >= thresholds[:, None]).astype(float)  # (T, n)
+        tpr = above @ attributes / np.maximum(attributes.sum(0), 1)  # (T, A)
+        fpr = above @ (1 - attributes) / np.maximum((1 - attributes).sum(0), 1)  # (T, A)
         areas = []
         for t, f in ((tpr, fpr), (1 - tpr, 1 - fpr)):  # the second expects the attribute below the threshold
             # Rectangles as high as their right end: more than the area under the curve.
-            areas.append((np.sort(t, 0)[1:] * np.diff(np.sort(f, 0), axis=0)).sum(0))               # (A,)
+            areas.append((np.sort(t, 0)[1:] * np.diff(np.sort(f, 0), axis=0)).sum(0))  # (A,)
         result[u] = np.maximum(*areas)
     return result
 
+
 def exact_auroc(codes, attributes):
     """AUROC (U, A), the larger of both directions: how often a sample with the attribute ranks above one without."""
-    pairs = attributes.sum(0) * (1 - attributes).sum(0)                     # (A,)
+    pairs = attributes.sum(0) * (1 - attributes).sum(0)  # (A,)
     # The sum of ranks of the samples with the attribute, less its least value, counts the pairs they win; ties half.
-    wins = rankdata(codes, axis=0).T @ attributes - attributes.sum(0) * (attributes.sum(0) + 1) / 2     # (U, A)
-    area = np.where(pairs > 0, wins / np.maximum(pairs, 1), 0.5)         # (U, A), a guess where there is no pair
+    wins = rankdata(codes, axis=0).T @ attributes - attributes.sum(0) * (attributes.sum(0) + 1) / 2  # (U, A)
+    area = np.where(pairs > 0, wins / np.maximum(pairs, 1), 0.5)  # (U, A), a guess where there is no pair
     return np.maximum(area, 1 - area)
+
 
 def tad(codes, attributes, step=0.1):
     """Total AUROC difference (reference 70, Table 2), for images that have attributes and form no grid.
@@ -378,17 +404,18 @@ def tad(codes, attributes, step=0.1):
     if codes.shape[1] < 2 or len(codes) != len(attributes) or not np.isin(attributes, (0, 1)).all():
         raise ValueError(f"codes {codes.shape}, attributes {attributes.shape}: expected (n, U >= 2) and (n, A) of 0, 1")
     attributes = attributes.astype(np.float64)
-    both = np.stack([1 - attributes, attributes])                           # (2, n, A)
-    joint = np.einsum("xna,ynb->abxy", both, both, optimize=True) / len(codes)      # (A, A, 2, 2), of every pair
-    own = entropy(both.mean(1), 0)                                          # (A,)
-    shared = own[:, None] + own - entropy(joint, (2, 3))                    # (A, A)
-    np.fill_diagonal(shared, 0)                                          # an attribute may give itself away
-    clean = (shared.max(1) <= 0.2 * own) & (own > 0)    # an attribute that all have, or none, cannot be captured
+    both = np.stack([1 - attributes, attributes])  # (2, n, A)
+    joint = np.einsum("xna,ynb->abxy", both, both, optimize=True) / len(codes)  # (A, A, 2, 2), of every pair
+    own = entropy(both.mean(1), 0)  # (A,)
+    shared = own[:, None] + own - entropy(joint, (2, 3))  # (A, A)
+    np.fill_diagonal(shared, 0)  # an attribute may give itself away
+    clean = (shared.max(1) <= 0.2 * own) & (own > 0)  # an attribute that all have, or none, cannot be captured
     result = {}
     for ending, auroc in (("", stepped_auroc(codes, attributes, step)), ("_exact", exact_auroc(codes, attributes))):
         captured = clean & (auroc.max(0) >= 0.75)
         result |= {f"tad{ending}": float(gap(auroc)[captured].sum()), f"captured{ending}": int(captured.sum())}
     return result
+
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance of two Gaussians, FID's formula: |mu1-mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2).
@@ -397,10 +424,11 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     """
     mu1, cov1, mu2, cov2 = (np.asarray(v, dtype=np.float64) for v in (mu1, cov1, mu2, cov2))
     # cov1 cov2 is not symmetric, but it has the eigenvalues of root cov2 root (with root root = cov1), which is.
-    values, vectors = np.linalg.eigh(cov1)                               # (D,), (D, D)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T           # (D, D)
+    values, vectors = np.linalg.eigh(cov1)  # (D,), (D, D)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # (D, D)
     trace = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov2 @ root), 0)).sum()  # of (cov1 cov2)^1/2
     return float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace)
+
 
 def load_inception(data_dir, device):
     """The Inception network that FID is measured with, or None (and one line) if its file is not in data_dir.
@@ -417,6 +445,7 @@ def load_inception(data_dir, device):
     except RuntimeError as error:
         raise UserError(f"{path}: not a readable TorchScript file, expected the one from {INCEPTION}") from error
 
+
 @torch.no_grad()
 def fid(model, ds, inception, n, steps, seed=0):
     """Frechet Inception Distance (reference 20) of n generated against n real images; lower is better.
@@ -431,16 +460,18 @@ def fid(model, ds, inception, n, steps, seed=0):
     for name, idx in (("real", order[:n]), ("generated", order[-n:])):
         features = []
         for part in tqdm(idx.split(64), f"FID, {name} images", leave=False, disable=None):
-            images = ds.images(part.to(ds.device))                          # (B, 3, 64, 64)
+            images = ds.images(part.to(ds.device))  # (B, 3, 64, 64)
             if name == "generated":
                 images = model.sample(model.dyga.align(model.units(images)), model.noise(len(part), draw), steps)
-            features.append(inception(images, return_features=True).cpu().double())         # (B, 2048)
-        features = torch.cat(features).numpy()                              # (n, 2048)
+            features.append(inception(images, return_features=True).cpu().double())  # (B, 2048)
+        features = torch.cat(features).numpy()  # (n, 2048)
         moments += [features.mean(0), np.cov(features, rowvar=False)]
     return frechet_distance(*moments)
 
+
 def separation(dyga, c, labels, active):
-    """How well anchors separate attributes: a number for what Figure 1 shows, before DyGA (c) and after it (c~).
+    """How well anchors separate attributes (Figure 1), before alignment (c) and after it (c~). Quote purity beside
+    chance: the margin looks at no labels, it says how far alignment clears the space between anchors.
 
     c: units (n, N, D); labels: int64 (n, N), the value of each unit's best factor; active: bool (N,). A sample belongs
     to the anchor of highest responsibility. Purity: the share of samples that have their anchor's most frequent value.
@@ -455,28 +486,29 @@ def separation(dyga, c, labels, active):
 
     def count(owner, K):
         """Samples of active units by anchor and value, (A, K, values). owner: (n, N)."""
-        counts = np.zeros((N, K, labels.max() + 1))                      # (N, K, values)
+        counts = np.zeros((N, K, labels.max() + 1))  # (N, K, values)
         np.add.at(counts, (np.arange(N), owner, labels), 1)
         return counts[active]
     numbers = {"chance": count(np.zeros_like(labels), 1).max(2).mean() / len(c)}
     for name in ("before", "after"):
         owners, margins = [], []
         for part in c.to(dyga.anchors.device).split(BATCH):
-            part = dyga.align(part) if name == "after" else part            # (B, N, D)
-            owner = dyga.responsibilities(part).argmax(-1, keepdim=True)    # (B, N, 1)
-            distance = torch.cdist(part.transpose(0, 1), dyga.anchors).transpose(0, 1)              # (B, N, K)
-            distance = distance.masked_fill(~dyga.mask, math.inf)        # absent anchors
+            part = dyga.align(part) if name == "after" else part  # (B, N, D)
+            owner = dyga.responsibilities(part).argmax(-1, keepdim=True)  # (B, N, 1)
+            distance = torch.cdist(part.transpose(0, 1), dyga.anchors).transpose(0, 1)  # (B, N, K)
+            distance = distance.masked_fill(~dyga.mask, math.inf)  # absent anchors
             # A unit's only anchor has no other one: infinitely far, a margin of 1.
-            other = distance.scatter(2, owner, math.inf).amin(-1).clamp(min=1e-12)                  # (B, N)
+            other = distance.scatter(2, owner, math.inf).amin(-1).clamp(min=1e-12)  # (B, N)
             owners.append(owner[..., 0].cpu())
             # A sample may lie nearer to another anchor than to its own, whose Gaussian is wider; that counts as 0.
-            margins.append((1 - distance.gather(2, owner)[..., 0] / other).clamp(min=0).cpu())      # (B, N)
-        counts = count(torch.cat(owners).numpy(), K)                     # (A, K, values)
-        top, size = counts.max(2), counts.sum(2)                            # (A, K)
-        pure = ((top >= 0.9 * size) & (size > 0)).sum(1) / (size > 0).sum(1)                        # (A,)
+            margins.append((1 - distance.gather(2, owner)[..., 0] / other).clamp(min=0).cpu())  # (B, N)
+        counts = count(torch.cat(owners).numpy(), K)  # (A, K, values)
+        top, size = counts.max(2), counts.sum(2)  # (A, K)
+        pure = ((top >= 0.9 * size) & (size > 0)).sum(1) / (size > 0).sum(1)  # (A,)
         numbers |= {f"purity_{name}": top.sum() / size.sum(), f"pure_{name}": pure.mean(),
                     f"margin_{name}": torch.cat(margins)[:, active].mean()}
     return {name: float(value) for name, value in numbers.items()}
+
 
 def mean_deltas(dyga, c):
     """How far alignment moves units c (n, N, D): mean delta of equation 6, and by the released code's formula.
@@ -487,110 +519,120 @@ def mean_deltas(dyga, c):
     if not dyga.mask.any():
         return {}
     c = c[:5_000].to(dyga.anchors.device)
-    batch = c[:512]                                                      # (B, N, D)
-    owner = dyga.responsibilities(batch).argmax(-1)                         # (B, N)
-    mu = dyga.anchors[torch.arange(c.shape[1], device=c.device), owner]     # (B, N, D)
+    batch = c[:512]  # (B, N, D)
+    owner = dyga.responsibilities(batch).argmax(-1)  # (B, N)
+    mu = dyga.anchors[torch.arange(c.shape[1], device=c.device), owner]  # (B, N, D)
     released = dyga.lam * (-((batch - mu) / (batch + 1e-6)).abs().mean()).exp()  # one number
     return {"mean_delta": dyga.delta(c).mean().item(), "released_delta": released.item(), "lambda": dyga.lam}
 
 # ---- Figures: each function returns a PIL.Image ---------------------------------------------------------------------
 
+
 class Probe:
     """A random sample of images and what the model makes of it, shared by the figures.
 
-    idx (n,); c (n, N, D) before alignment; factors int64 (n, F); scalars (n, N); active bool (N,), FactorVAE's rule;
+    idx (n,); c (n, N, D) before alignment; factors int64 (n, F); codes (n, N), their PCA coordinates; active
+    bool (N,), FactorVAE's rule;
     nmi (F, N), mutual information of factor and unit over the factor's entropy; best: shown factor -> unit of most nmi.
     """
 
     def __init__(self, model, ds, n, seed):
         self.idx = torch.from_numpy(np.random.default_rng(seed).permutation(len(ds))[:n])  # (n,), without repeats
         parts = tqdm(self.idx.split(BATCH), f"units of {n:,} images", leave=False, disable=None)
-        self.c = torch.cat([model.units(ds.images(part.to(ds.device))).cpu() for part in parts])    # (n, N, D)
+        self.c = torch.cat([model.units(ds.images(part.to(ds.device))).cpu() for part in parts])  # (n, N, D)
         bad = (~self.c.isfinite()).any(-1).any(0).nonzero().flatten().tolist()
         if bad:
             raise UserError(f"units {bad} of this checkpoint are NaN or Inf: its training diverged; train it again")
-        self.names, self.factors = ds.factor_names, ds.factors(self.idx).cpu().numpy()              # (n, F)
-        self.pca = fit_pca(self.c)                                       # (N, D) twice
-        self.scalars = to_scalars(self.c, self.pca).numpy()                 # (n, N)
-        self.active = self.scalars.std(0, ddof=1) >= 0.05                   # (N,)
-        mi, h = mutual_information(self.scalars, self.factors)           # (N, F), (F,)
-        self.nmi = (mi / np.maximum(h, 1e-12)).T                            # (F, N)
+        self.names, self.factors = ds.factor_names, ds.factors(self.idx).cpu().numpy()  # (n, F)
+        self.pca = fit_pca(self.c)  # (N, D) twice
+        self.codes = project(self.c, self.pca).numpy()  # (n, N)
+        self.active = self.codes.std(0, ddof=1) >= 0.05  # (N,)
+        mi, h = mutual_information(self.codes, self.factors)  # (N, F), (F,)
+        self.nmi = (mi / np.maximum(h, 1e-12)).T  # (F, N)
         # Shown: the factors that some unit knows best, at most 8 (CelebA has 40), in the dataset's order.
         self.best = {int(f): int(self.nmi[f].argmax()) for f in np.sort(np.argsort(-self.nmi.max(1))[:8])}
         self.labels = [f"{self.names[f]}: unit {u}" for f, u in self.best.items()]
 
+
 def aligned(model, ds, idx):
     """Aligned units c~ (B, N, D) of the images idx (B,), on the CPU."""
     return model.dyga.align(model.units(ds.images(idx.to(ds.device)))).cpu()
+
 
 def generate(model, c, noise, steps, desc):
     """DDIM images uint8 (..., 3, H, W) under aligned units c (..., N, D), all from one starting noise (1, z, h, w)."""
     parts = tqdm(c.flatten(0, -3).split(64), desc, leave=False, disable=None)
     made = [model.sample(part.to(noise.device), noise=noise.expand(len(part), -1, -1, -1), steps=steps).cpu()
             for part in parts]
-    return torch.cat(made).unflatten(0, c.shape[:-2])                    # (..., 3, H, W)
+    return torch.cat(made).unflatten(0, c.shape[:-2])  # (..., 3, H, W)
+
 
 def figure_interchange(model, ds, probe, source, target, noise, steps):
     """Figures 3 and 8: give one unit of the source the target's value and see what changes. source, target: (C,)."""
-    c, c_target = aligned(model, ds, source), aligned(model, ds, target)    # (C, N, D)
-    swapped = c.repeat(1 + len(probe.best), 1, 1, 1)                        # (R, C, N, D), the first row as it is
+    c, c_target = aligned(model, ds, source), aligned(model, ds, target)  # (C, N, D)
+    swapped = c.repeat(1 + len(probe.best), 1, 1, 1)  # (R, C, N, D), the first row as it is
     for row, u in enumerate(probe.best.values()):
-        swapped[1 + row, :, u] = c_target[:, u]                          # only unit u is the target's
-    inputs = torch.stack([ds.images(idx.to(ds.device)).cpu() for idx in (source, target)])          # (2, C, 3, H, W)
-    made = generate(model, swapped, noise, steps, "interchange")            # (R, C, 3, H, W)
+        swapped[1 + row, :, u] = c_target[:, u]  # only unit u is the target's
+    inputs = torch.stack([ds.images(idx.to(ds.device)).cpu() for idx in (source, target)])  # (2, C, 3, H, W)
+    made = generate(model, swapped, noise, steps, "interchange")  # (R, C, 3, H, W)
     labels = ["source", "target", "source, generated", *(f"target's {label}" for label in probe.labels)]
     return data.image_grid(torch.cat([inputs, made]), labels, None, "Latent interchange: one unit from the target", 2)
+
 
 def figure_interpolation(model, ds, probe, pair, noise, steps, columns):
     """Figure 6: from image A to image B, all units at once, then one at a time. pair: (2,)."""
     # Aligned units are what the denoiser knows. What lies between is not aligned once more: that would make steps.
-    a, b = aligned(model, ds, pair)                                         # (N, D) each
-    t = torch.linspace(0, 1, columns)                                       # (T,)
-    path = a + t[:, None, None] * (b - a)                                   # (T, N, D)
-    paths = a.repeat(1 + len(probe.best), columns, 1, 1)                    # (R, T, N, D)
-    paths[0] = path                                                      # all units move
+    a, b = aligned(model, ds, pair)  # (N, D) each
+    t = torch.linspace(0, 1, columns)  # (T,)
+    path = a + t[:, None, None] * (b - a)  # (T, N, D)
+    paths = a.repeat(1 + len(probe.best), columns, 1, 1)  # (R, T, N, D)
+    paths[0] = path  # all units move
     for row, u in enumerate(probe.best.values()):
-        paths[1 + row, :, u] = path[:, u]                                # one unit moves
-    made = generate(model, paths, noise, steps, "interpolation")            # (R, T, 3, H, W)
-    A, B = ds.images(pair.to(ds.device)).cpu().expand(len(made), -1, -1, -1, -1).split(1, 1)        # (R, 1, 3, H, W)
+        paths[1 + row, :, u] = path[:, u]  # one unit moves
+    made = generate(model, paths, noise, steps, "interpolation")  # (R, T, 3, H, W)
+    A, B = ds.images(pair.to(ds.device)).cpu().expand(len(made), -1, -1, -1, -1).split(1, 1)  # (R, 1, 3, H, W)
     return data.image_grid(torch.cat([A, made, B], 1), ["all units", *probe.labels], [
         "A", *(f"t={x:.2f}" for x in t.tolist()), "B"], "Interpolation from A to B: all units, then one unit alone", 2)
+
 
 def heat(x):
     """Numbers in [0, 1] of any shape (...) to colours uint8 (..., 3): dark blue is 0, yellow is 1."""
     stops = np.array([[26, 20, 70], [40, 90, 140], [35, 145, 140], [100, 200, 90], [250, 230, 40]], float)
     return np.stack([np.interp(x, np.linspace(0, 1, 5), channel) for channel in stops.T], -1).astype(np.uint8)
 
+
 def figure_attention(model, ds, probe, idx, noise, steps):
     """Figures 4, 9 and 10: where in the image each factor's unit is looked up, averaged in DAAM's way. idx: (B,)."""
-    c = aligned(model, ds, idx).to(noise.device)                            # (B, N, D)
+    c = aligned(model, ds, idx).to(noise.device)  # (B, N, D)
     z, maps = ddim(model.unet, noise.expand(len(c), -1, -1, -1), c, model.alpha_bar, steps, attention=True)
-    made = model.vqgan.decode(z).cpu()                                      # (B, 3, H, W)
+    made = model.vqgan.decode(z).cpu()  # (B, 3, H, W)
     maps = F.interpolate(maps[:, list(probe.best.values())], size=made.shape[2:], mode="bilinear").cpu()
     # Maps of one image sum to 1 over units, so most are pale. Each gets the whole range of colours.
     low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)  # (B, shown, 1, 1)
     colours = torch.from_numpy(heat((maps - low) / (high - low).clamp(min=1e-12))).movedim(-1, 2)
-    grey = made.float().mean(1)[:, None, None]                              # (B, 1, 1, H, W)
-    overlaid = (0.35 * grey + 0.65 * colours).to(torch.uint8)               # (B, shown, 3, H, W)
+    grey = made.float().mean(1)[:, None, None]  # (B, 1, 1, H, W)
+    overlaid = (0.35 * grey + 0.65 * colours).to(torch.uint8)  # (B, shown, 3, H, W)
     tiles = torch.cat([ds.images(idx.to(ds.device)).cpu()[:, None], made[:, None], overlaid], 1)
     return data.image_grid(tiles, [f"image {i}" for i in idx.tolist()], ["input", "sample", *probe.labels],
                            "Cross-attention per unit (yellow: most), averaged over heads, layers and steps", 2)
+
 
 def text(draw, x, y, words, size=13, anchor="la", fill="black"):
     """Pillow's text and anchors: l, m, r across; a (top), m, s (baseline) down."""
     draw.text((x, y), str(words), fill=fill, font=ImageFont.load_default(size), anchor=anchor)
 
+
 def figure_matrix(probe):
     """Normalised mutual information of every factor (rows) and unit (columns); inactive units have grey numbers."""
-    rows, columns = probe.nmi.shape                                      # F, N
-    left, top, w, h = 24 + 8 * max(map(len, probe.names)), 64, 44, 30    # w, h: of one cell
+    rows, columns = probe.nmi.shape  # F, N
+    left, top, w, h = 24 + 8 * max(map(len, probe.names)), 64, 44, 30  # w, h: of one cell
     sheet = Image.new("RGB", (max(left + columns * w + 12, 560), top + rows * h + 12), "white")
     draw = ImageDraw.Draw(sheet)
     text(draw, 8, 6, "Normalised mutual information: how much of a factor a unit tells (0 to 1)", 15)
     text(draw, left - 8, 54, "unit", anchor="rs")
     for u in range(columns):
         text(draw, left + u * w + w / 2, 54, u, anchor="ms", fill="black" if probe.active[u] else "#999999")
-    for f, u in np.ndindex(rows, columns):                               # cell by cell
+    for f, u in np.ndindex(rows, columns):  # cell by cell
         x, y, value = left + u * w, top + f * h, probe.nmi[f, u].clip(0, 1)
         draw.rectangle([x, y, x + w - 2, y + h - 2], fill=tuple(heat(value).tolist()))
         text(draw, x + w / 2, y + h / 2, f"{value:.2f}", 12, "mm", "black" if value > 0.55 else "white")
@@ -598,12 +640,13 @@ def figure_matrix(probe):
         text(draw, left - 8, top + f * h + h / 2, name, anchor="rm")
     return sheet
 
+
 def draw_points(xy, colours, anchors, share, side):
     """One panel: points (n, 2) in [0, 1], their colours (n, 3), anchors (K, 2) as crosses; share: variance per axis."""
     S = 2 * side  # drawn at twice the size, then halved: smooth dots
-    panel = Image.new("RGB", (S, S), "#fbfbfb")                          # a panel stands out from the white sheet
+    panel = Image.new("RGB", (S, S), "#fbfbfb")  # a panel stands out from the white sheet
     draw = ImageDraw.Draw(panel)
-    for (x, y), colour in zip(xy * [S, -S] + [0, S], colours.tolist()):     # a picture's y grows downwards
+    for (x, y), colour in zip(xy * [S, -S] + [0, S], colours.tolist()):  # a picture's y grows downwards
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=tuple(colour))
     for x, y in anchors * [S, -S] + [0, S]:
         draw.line([x - 8, y - 8, x + 8, y + 8], fill="black", width=3)
@@ -613,10 +656,11 @@ def draw_points(xy, colours, anchors, share, side):
     text(draw, S - 12, S - 12, f"PC 1 ({share[0]:.0%})", 24, "rs")
     return panel.resize((side, side), Image.LANCZOS)
 
+
 def figure_units(model, probe, sizes, n=1500):
     """Figures 1 and 11: each factor's best unit in 2-D, coloured by the factor's value, before and after DyGA."""
-    dyga, side, left, top, pitch = model.dyga, 230, 66, 56, 244          # pitch: from one panel to the next
-    rows = [probe.c[:n].numpy(), dyga.align(probe.c[:n].to(dyga.anchors.device)).cpu().numpy()]     # (n, N, D) each
+    dyga, side, left, top, pitch = model.dyga, 230, 66, 56, 244  # pitch: from one panel to the next
+    rows = [probe.c[:n].numpy(), dyga.align(probe.c[:n].to(dyga.anchors.device)).cpu().numpy()]  # (n, N, D) each
     sheet = Image.new("RGB", (left + max(3, len(probe.best)) * pitch, top + 2 * pitch + 46), "white")
     draw = ImageDraw.Draw(sheet)
     text(draw, 8, 6, "Units in 2-D: first two principal components before DyGA; crosses are anchors", 15)
@@ -625,15 +669,15 @@ def figure_units(model, probe, sizes, n=1500):
     for column, (f, u) in enumerate(probe.best.items()):
         x0, y0, mean = left + column * pitch, top + 2 * pitch, rows[0][:, u].mean(0)
         text(draw, x0, top - 8, f"{probe.labels[column]}, NMI {probe.nmi[f, u]:.2f}", anchor="ls")
-        _, s, axes = np.linalg.svd(rows[0][:, u] - mean, full_matrices=False)       # (D, D), the first axis first
-        share = s ** 2 / max((s ** 2).sum(), 1e-30)                         # (D,)
+        _, s, axes = np.linalg.svd(rows[0][:, u] - mean, full_matrices=False)  # (D, D), the first axis first
+        share = s ** 2 / max((s ** 2).sum(), 1e-30)  # (D,)
         # Both rows have the axes and limits of the first. Its middle 99% sets them: outliers would squeeze the rest.
         low, high = np.percentile((rows[0][:, u] - mean) @ axes[:2].T, [0.5, 99.5], axis=0)
-        points = [((c - mean) @ axes[:2].T - low) / np.maximum(1.3 * (high - low), 1e-9) + 0.115    # (.., 2) in [0, 1]
+        points = [((c - mean) @ axes[:2].T - low) / np.maximum(1.3 * (high - low), 1e-9) + 0.115  # (.., 2) in [0, 1]
                   for c in (*(row[:, u] for row in rows), dyga.anchors[u][dyga.mask[u]].cpu().numpy())]
         # One colour per value: hues around the wheel, every second one darker.
         hsv = [(k * 235 // sizes[f], 220, 160 if k % 2 else 235) for k in range(sizes[f])]
-        colours = np.asarray(Image.fromarray(np.array([hsv], np.uint8), "HSV").convert("RGB"))[0]   # (values, 3)
+        colours = np.asarray(Image.fromarray(np.array([hsv], np.uint8), "HSV").convert("RGB"))[0]  # (values, 3)
         for row in range(2):
             panel = draw_points(points[row], colours[probe.factors[:n, f]], points[2], share, side)
             sheet.paste(panel, (x0, top + row * pitch))
@@ -644,17 +688,18 @@ def figure_units(model, probe, sizes, n=1500):
                 text(draw, x0 + k * w + w / 2, y0 + 18, k, 11, "ma")
     return sheet
 
+
 def traversal(model, ds, probe, idx, noise, steps, units, stops):
     """Pictures for the page's interactive part: images x units x positions, uint8 (I, U, S, 3, H, W).
 
-    A position is a quantile of the unit's scalar, 0.02 to 0.98, and takes the WHOLE unit, all its numbers, from a real
-    image that lies there: a straight line along the PCA's axis would leave the curve on which the units lie.
+    A position is a quantile of the unit's PCA coordinate, 0.02 to 0.98, and takes the WHOLE unit, all its numbers, from
+    a real image that lies there: a straight line along the PCA's axis would leave the curve on which the units lie.
     """
-    order = probe.scalars[:, units].argsort(0)                              # (n, U)
-    ranks = (np.linspace(0.02, 0.98, stops) * (len(order) - 1)).round().astype(int)                 # (S,)
-    donors = model.dyga.align(probe.c[order[ranks].T.reshape(-1)].to(noise.device)).cpu()           # (U*S, N, D)
-    c = aligned(model, ds, idx)[:, None, None].repeat(1, len(units), stops, 1, 1)                   # (I, U, S, N, D)
-    for j, u in enumerate(units):                                        # only unit u comes from the donors
+    order = probe.codes[:, units].argsort(0)  # (n, U)
+    ranks = (np.linspace(0.02, 0.98, stops) * (len(order) - 1)).round().astype(int)  # (S,)
+    donors = model.dyga.align(probe.c[order[ranks].T.reshape(-1)].to(noise.device)).cpu()  # (U*S, N, D)
+    c = aligned(model, ds, idx)[:, None, None].repeat(1, len(units), stops, 1, 1)  # (I, U, S, N, D)
+    for j, u in enumerate(units):  # only unit u comes from the donors
         c[:, j, :, u] = donors[j * stops:(j + 1) * stops, u]
     return generate(model, c, noise, steps, "traversal")
 
@@ -703,12 +748,13 @@ FIGURES = {
     "loss": ("Training loss (Figure 7)", "It should fall and level off; a jump or a rise means instability."),
 }
 
+
 def score_rows(name, function, seeds, counts):
     """function(seed) for each seed -> score name -> dict: value (mean), std, values, counts, seeds, seconds, notes."""
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        runs = [function(seed) for seed in seeds]                        # numbers, or dicts of numbers
+        runs = [function(seed) for seed in seeds]  # numbers, or dicts of numbers
     runs = [{f"{name}_{part}": x for part, x in run.items()} if isinstance(run, dict) else {name: run} for run in runs]
     shared = {"counts": counts, "seeds": list(seeds), "seconds": round(time.perf_counter() - started, 1),
               "notes": sorted({str(w.message) for w in caught if w.category is UserWarning})}
@@ -721,6 +767,7 @@ def score_rows(name, function, seeds, counts):
         rows[part] = {"value": mean, "std": std, "values": values, **shared}
     return rows
 
+
 def table(report):
     """The scores as rows of texts, the first of them the head."""
     rows = [("metric", f"ours ({report['images']})", "paper", "samples", "seed")]
@@ -731,6 +778,7 @@ def table(report):
         counts = ", ".join(f"{key.removeprefix('n_')} {value:,}" for key, value in row["counts"].items())
         rows.append((label, ours, paper[DATASETS.index(report["dataset"])], counts, ", ".join(map(str, row["seeds"]))))
     return rows
+
 
 def remarks(report):
     """What a reader must know before quoting a number: a list of sentences."""
@@ -751,7 +799,7 @@ def remarks(report):
                                                  "pure_after", "margin_before", "margin_after"))))
     said.append("Mean delta of equation 6: {mean_delta:.1e}, lambda {lambda:g}; the released code's formula gives "
                 "{released_delta:.1e} on the same units.".format(**d) if d else "No anchors: nothing is aligned.")
-    return list(dict.fromkeys(said))                                     # each sentence once
+    return list(dict.fromkeys(said))  # each sentence once
 
 # Everything is inside the page, so that it opens from disk, offline; $name is filled in.
 PAGE = string.Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -779,16 +827,19 @@ function show() {
 for (const id of ["image", "unit", "slider"]) byId(id).addEventListener("input", show);
 show();</script>""")
 
+
 def html_table(rows):
     """Rows of texts as an HTML table; the first row is the head."""
     cells = ["".join(f"<td>{html.escape(str(x))}</td>" for x in row) for row in rows]
     return "<table><tr>" + "</tr><tr>".join([cells[0].replace("td>", "th>"), *cells[1:]]) + "</tr></table>"
 
+
 def inline(picture):
     """A PIL.Image or a PNG's path as an address that holds the picture itself."""
-    buffer = io.BytesIO()                                                # a file in memory
+    buffer = io.BytesIO()  # a file in memory
     (picture if isinstance(picture, Image.Image) else Image.open(picture)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
 
 def player(moved, idx, units):
     """The interactive part of the page. moved: see traversal(); idx: its images; units: a text for each unit."""
@@ -798,6 +849,7 @@ def player(moved, idx, units):
     options = [f"<option>{html.escape(word)}</option>" for word in [f"image {i}" for i in idx] + units]
     return PLAYER.substitute(images="".join(options[:len(idx)]), units="".join(options[len(idx):]),
                              last=moved.shape[2] - 1, strips=json.dumps(strips))
+
 
 def page(report, config, out, interactive):
     """index.html as text. The figures are read from out."""
@@ -819,23 +871,26 @@ UNITS, STAGE1, UNET = "cond_stage_model.", "first_stage_model.", "model.diffusio
 # Layers within a block: ours -> theirs.
 LAYERS = {
     "vqgan": {"branch.0.0": "norm1", "branch.1": "conv1", "branch.2.0": "norm2", "branch.3": "conv2",
-              "skip": "nin_shortcut", "to_out": "proj_out", "upsample.1": "upsample.conv", "norm_out.0": "norm_out"},
+              "shortcut": "nin_shortcut", "to_out": "proj_out", "upsample.1": "upsample.conv",
+              "norm_out.0": "norm_out"},
     "unet": {"norm_in": "in_layers.0", "conv_in": "in_layers.2", "time": "emb_layers.1", "norm_out": "out_layers.0",
-             "conv_out": "out_layers.3", "skip": "skip_connection", "to_out": "to_out.0"}
+             "conv_out": "out_layers.3", "shortcut": "skip_connection", "to_out": "to_out.0"}
     | {ours: f"transformer_blocks.0.{theirs}" for ours, theirs in (
         ("norm_self", "norm1"), ("norm_cross", "norm2"), ("norm_ff", "norm3"), ("self_attention", "attn1"),
         ("cross_attention", "attn2"), ("ff_in", "ff.net.0.proj"), ("ff_out", "ff.net.2"))},
 }
-FUSED = {"to_kv": ("to_k", "to_v"), "to_qkv": ("q", "k", "v")}           # one layer here, several there
+FUSED = {"to_kv": ("to_k", "to_v"), "to_qkv": ("q", "k", "v")}  # one layer here, several there
 # What a file may hold beyond weights: the noise schedule, counters, stage 1's losses.
 UNUSED = re.compile(r"betas|(alphas|sqrt|log_one|posterior)_\w+|(shift|ddim)_coef|logvar|lvlb_weights"
                     r"|model_ema\.(decay|num_updates)|first_stage_model\.(loss|model_ema)\..+")
+
 
 class Foreign:
     """Takes the place of every class and function that a file names: nothing of the file's can run."""
 
     def __init__(self, *args):
         pass
+
 
 def read_released(path):
     """Lightning file, or a plain state_dict, of the released code -> dict of tensors. UserError for anything else."""
@@ -853,6 +908,7 @@ def read_released(path):
     weights = found.get("state_dict", found) if isinstance(found, dict) else {}
     weights = weights if isinstance(weights, dict) else {}
     return {name: x for name, x in weights.items() if isinstance(name, str) and torch.is_tensor(x)}
+
 
 def released_places(cfg, stages):
     """Where our blocks are in their file: the first part of a name, ours -> theirs. stages: len(unet.down).
@@ -876,6 +932,7 @@ def released_places(cfg, stages):
             **{f"vqgan.encoder.{i}": STAGE1 + theirs for i, theirs in enumerate(encoder)},
             **{f"vqgan.decoder.{i}": STAGE1 + theirs for i, theirs in enumerate(decoder)}}
 
+
 def released_names(name, places, n_units):
     """The name of a tensor of ours -> those of the tensors in their file that it is made of, a list."""
     network, *parts = name.split(".")
@@ -887,6 +944,7 @@ def released_names(name, places, n_units):
         name = name.replace(f".{ours}.", f".{theirs}.")
     return next(([name.replace(f".{ours}.", f".{one}.") for one in theirs] for ours, theirs in FUSED.items()
                  if f".{ours}." in name), [name])
+
 
 def load_released(path, dataset, device="cpu"):
     """A file of the released code -> (model in eval mode, what main needs of a checkpoint). It has no anchors.
@@ -944,13 +1002,16 @@ def load_released(path, dataset, device="cpu"):
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
+
 def names(words):
     """A flag's comma-separated words as a list."""
     return words.split(",")
 
+
 def indices(words):
     """A flag's comma-separated whole numbers as a list."""
     return list(map(int, words.split(",")))
+
 
 def build_parser():
     """Every flag with its help."""
@@ -971,6 +1032,7 @@ def build_parser():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return p
 
+
 def chosen_parts(args, ds):
     """Metrics to run, and "figures". UserError for what is unknown or does not apply to the dataset."""
     apply = ["tad"] if ds.name == "celeba" else list(METRICS)
@@ -986,13 +1048,14 @@ def chosen_parts(args, ds):
         raise UserError(f"--images {args.images}: {ds.name} has images 0 to {len(ds) - 1}")
     return args.only or [name for name in apply if not (args.quick and name == "gbt")] + ["figures"]
 
+
 def draw_figures(model, ds, probe, args, steps, log, out):
     """Write all figures to out. Returns their names, and the HTML of the interactive part."""
     # One starting noise for everything: what differs between two pictures comes from the units.
     noise, quick = model.noise(1, torch.Generator().manual_seed(args.seed)), args.quick
     # Images that the user names come first, random ones follow.
     idx, named = torch.cat([torch.tensor(args.images, dtype=torch.int64), probe.idx]), len(args.images)
-    width = max(6 if quick else 8, named)                                # of the interchange, in images
+    width = max(6 if quick else 8, named)  # of the interchange, in images
     made = {
         "samples": data.image_grid(ds.images(probe.idx[:48].to(ds.device)).unflatten(0, (4, 12)),
                                    title=f"{ds.name}, {ds.source} images: a random sample"),
@@ -1013,6 +1076,7 @@ def draw_figures(model, ds, probe, args, steps, log, out):
         train.loss_picture(log, out / "loss.png")
     return [*made] + ["loss"] * log.is_file(), player(moved, shown.tolist(), labels)
 
+
 def main():
     """Check everything, score, draw, and write the report."""
     args = build_parser().parse_args()
@@ -1021,7 +1085,7 @@ def main():
     # All that can be wrong with the command is found before anything is written.
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file is there; expected a folder, or nothing yet")
-    device = train.pick_device(args.device)                              # "auto" prefers a GPU
+    device = train.pick_device(args.device)  # "auto" prefers a GPU
     if args.released:
         model, ckpt = load_released(checkpoint, args.released, device)
         trained = "released weights"
@@ -1029,7 +1093,7 @@ def main():
         model, ckpt = train.load_checkpoint(checkpoint, device)
         trained = f"{ckpt['images_seen']:,} images in {ckpt['minutes']:.1f} minutes"
     ds = data.load(ckpt["dataset"]["name"], args.data_dir, ckpt["dataset"]["source"], device)
-    parts = chosen_parts(args, ds)                                       # metrics and "figures"
+    parts = chosen_parts(args, ds)  # metrics and "figures"
     inception = load_inception(args.data_dir, device) if args.fid else None
 
     images = f"{ds.name}, rendered twin" if ds.source == "rendered" else f"{ds.name}, {ds.source}"
@@ -1055,7 +1119,7 @@ def main():
         report["scores"] |= score_rows(name, lambda seed: function(encode, ds.factor_sizes, seed=seed, **counts),
                                        range(args.seed, args.seed + args.seeds), counts)
     if "tad" in parts:
-        report["scores"] |= score_rows("tad", lambda seed: tad(probe.scalars, probe.factors), [args.seed],
+        report["scores"] |= score_rows("tad", lambda seed: tad(probe.codes, probe.factors), [args.seed],
                                        {"images": len(probe.idx)})
     if inception:
         report["scores"] |= score_rows("fid", lambda seed: fid(model, ds, inception, args.fid, steps, seed),
@@ -1069,7 +1133,7 @@ def main():
     with data.replacing(out / "index.html") as temporary:
         temporary.write_text(page(report, ckpt["config"], out, interactive), encoding="utf-8")
     rows = table(report)
-    widths = [max(map(len, column)) for column in zip(*rows)]            # of each column
+    widths = [max(map(len, column)) for column in zip(*rows)]  # of each column
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows))
     print(*remarks(report), f"wrote {out / 'index.html'} (open it in a browser), metrics.json and "
           f"{len(report['figures'])} figures", sep="\n")

@@ -35,7 +35,8 @@ class UnitLinear(nn.Module):
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation (Mentzer et al. 2023), Table 11's rival of DyGA: c (B, N, D) -> (B, N, D).
+    """Not part of the method: finite scalar quantisation (Mentzer et al. 2023), Table 11's rival of DyGA (dyga.py).
+    c (B, N, D) -> (B, N, D).
 
     A unit is mapped linearly to a few numbers, each of these is rounded to one of `levels` evenly spaced values, and
     the result is mapped back. With the paper's levels (8, 5, 5) a unit can take 200 values: as many as DyGA's anchors
@@ -74,8 +75,9 @@ class Extractor(nn.Module):
                  unit_hidden=(256, 512), image_size=64, shrink=1, unit_relu=True, fsq_levels=()):
         super().__init__()
         self.shrink, self.unit_relu = shrink, unit_relu
-        # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: the table's own
-        # FC 4096 = 256 channels x 4 x 4 needs four halvings of 64 pixels, so kernel 4, stride 2, padding 1 it is.
+        # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its first fully connected
+        # layer takes 4096 = 256 channels x 4 x 4 numbers, so 64 pixels are halved four times: kernel 4, stride 2,
+        # padding 1. The parameter count agrees (23.570M).
         layers = [nn.Conv2d(3, channels[0], 7, stride=1, padding=3), nn.BatchNorm2d(channels[0]), nn.ReLU()]
         for c_in, c_out in zip(channels[:-1], channels[1:]):
             layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]

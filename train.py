@@ -5,8 +5,8 @@
     python train.py --dataset shapes3d --resume         # go on where the last checkpoint in --out stopped
     torchrun --nproc_per_node=2 train.py --dataset shapes3d  # stage 2 on two GPUs, or in two processes on a CPU
 
-Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py needs), log.jsonl, loss.png
-and samples.png (rows: input, stage-1 reconstruction, DDIM sample from the image's own units).
+Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and --resume need),
+log.jsonl, loss.png and samples.png (rows: input, stage-1 reconstruction, DDIM sample from the image's own units).
 One step of stage 2, as data sees it:
     idx -> x0 (B,3,64,64) -> extractor -> c (B,N,D) -> dyga.align -> c~ (B,N,D) -------.
        `-> frozen stage-1 encoder -> z0 -> add noise eps at time t -> z_t -> unet(z_t, t, c~) = eps^ -> |eps^ - eps|
@@ -41,8 +41,8 @@ from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, Stage1, to_float
 
-FORMAT = 1           # version of the checkpoint's layout
-SAVE_MINUTES = 3     # between two checkpoints and their pictures
+FORMAT = 2  # version of the checkpoint's layout
+SAVE_MINUTES = 3  # between two checkpoints and their pictures
 STAGE1_SHARE = 0.1  # of the time that --minutes gives
 
 # ---- Settings: default < preset < dataset < flag ---------------------------------------------------------------------
@@ -50,7 +50,7 @@ STAGE1_SHARE = 0.1  # of the time that --minutes gives
 # flags such as --unet.base; their help is the class's docstring.
 
 PARTS = {"vqgan": VQGAN, "stage1": Stage1, "extractor": Extractor, "dyga": DyGA, "unet": UNet}
-# These follow from other settings.
+# No flags: these follow from other settings, or are fixed (images are 64 pixels wide).
 WIRED = {"unet.channels", "unet.context_dim", "dyga.dim", "extractor.image_size", "extractor.fsq_levels",
          "stage1.optimizer"}
 
@@ -67,7 +67,8 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "loss": ("l1", "l1: |eps^ - eps| (equation 2 has no square); or mse"),
     "t_sampling": ("uniform", "how t is drawn; logit_normal prefers the middle of the schedule"),
     "ema_half_life": (3_550_000, "images after which a weight's part in the average has halved (0.9999 a step)"),
-    "anchors": ("dyga", "dyga; fsq, Table 11's rival; or none (with --unet.skip_dropout 0: the EncDiff baseline)"),
+    "anchors": ("dyga", "dyga; fsq, Table 11's rival; or none: with --unet.skip_dropout 0 too, the paper's baseline "
+                "EncDiff (its method: its own extractor is another)"),
     "epoch_images": (0, "length of an epoch in images; 0 is the whole dataset"),
     "fit_every": (1, "r: epochs between two fits of the anchors"),
     "fit_images": (20_000, "images whose units the anchors are fitted to (not in the paper)"),
@@ -199,10 +200,11 @@ class Model(torch.nn.Module):
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
     def loss(self, images, z0):
-        """Images uint8 (B, 3, H, W), their latents z0 (B, z, h, w) -> loss of equation 2, mean delta of equation 6."""
+        """Images uint8 (B, 3, H, W), their latents z0 (B, Z, h, w) -> loss of equation 2, mean delta of equation 6."""
         c = self.extractor(to_float(images))  # (B, N, D)
-        c, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N); before the first fit c comes back as is
-        loss = diffusion_loss(self.unet, z0, c, self.alpha_bar, self.cfg["loss"], self.cfg["t_sampling"])
+        # c~ (B, N, D) and delta (B, N). Before the first fit c~ is c.
+        aligned, delta = self.dyga.align(c, return_delta=True)
+        loss = diffusion_loss(self.unet, z0, aligned, self.alpha_bar, self.cfg["loss"], self.cfg["t_sampling"])
         return loss, delta.detach().mean()
 
     forward = loss  # what DistributedDataParallel calls
@@ -213,14 +215,14 @@ class Model(torch.nn.Module):
         return self.extractor(to_float(images)).float()
 
     def noise(self, count, generator):
-        """Starting noise (count, z, h, w) for `sample`, from a CPU generator, so that every device starts alike."""
+        """Starting noise (count, Z, h, w) for `sample`, from a CPU generator, so that every device starts alike."""
         shape = count, self.vqgan.z_channels, 64 // self.vqgan.factor, 64 // self.vqgan.factor
         return torch.randn(shape, generator=generator).to(self.alpha_bar.device)
 
     @torch.no_grad()
-    def sample(self, c, noise, steps=None):
-        """DDIM images under aligned units c (B, N, D) from `noise` -> uint8 (B, 3, 64, 64)."""
-        return self.vqgan.decode(ddim(self.unet, noise, c, self.alpha_bar, steps or self.cfg["ddim_steps"]))
+    def sample(self, aligned, noise, steps=None):
+        """DDIM images under aligned units c~ (B, N, D) from `noise` -> uint8 (B, 3, 64, 64)."""
+        return self.vqgan.decode(ddim(self.unet, noise, aligned, self.alpha_bar, steps or self.cfg["ddim_steps"]))
 
 
 def check_archive(path):
@@ -240,14 +242,17 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may carry
     except Exception as error:  # foreign bytes can fail in any way, and nothing of ours runs inside this try
         raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, cut short, or of "
-                        "another program); expected a ckpt.pt of train.py") from error
+                        "another program); expected a ckpt.pt of train.py (evaluate.py --released reads those of the "
+                        "paper's own code)") from error
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT or not isinstance(ckpt.get("config"), dict):
-        raise UserError(f"{path}: not a checkpoint of format {FORMAT}, as expected; train it again with this train.py")
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}, as expected; train it again with this train.py, "
+                        "or give evaluate.py --released if it is a file of the paper's own code")
     return ckpt
 
 
 def load_checkpoint(path, device="cpu"):
-    """Checkpoint file -> (averaged model in eval mode, the checkpoint). Before a course has ended it has no anchors."""
+    """Checkpoint file -> (averaged model in eval mode, the checkpoint). Before a course has ended, the average
+    has no anchors."""
     ckpt = read_checkpoint(path)
     try:
         if not ckpt["images_seen"]:
@@ -278,8 +283,9 @@ def loss_picture(log_path, path):
 
 
 # ---- Many processes (torchrun) ---------------------------------------------------------------------------------------
-# K processes split the batches of stage 2, and compute what one process would. Stage 1 is short: every process does all
-# of it. Process 0 alone fits anchors (the others receive them), draws pictures and writes.
+# First reading: skip to "The run"; with one process nothing here does anything. Several split the batches of stage 2,
+# and compute what one would. Stage 1 is short: every process does all of it. Process 0 alone fits anchors (the others
+# receive them), draws pictures and writes.
 
 
 class Average(torch.autograd.Function):
@@ -297,12 +303,12 @@ class Average(torch.autograd.Function):
 
 
 class WholeBatch(TorchFunctionMode):
-    """Within it, a network that sees one K-th of the batch computes as if it saw the whole.
+    """Within it, a network that sees one process's rows of a batch computes as if it saw all rows.
 
     Random numbers are drawn for the whole batch, of which each process keeps its own rows: noise, times and dropout are
     those of one process, and the generators of all processes stay equal, so the one in the checkpoint is everybody's.
-    BatchNorm (the extractor's) takes its statistics over all processes, or K would change what is learnt; torch's own
-    SyncBatchNorm does so too, but on GPUs only. The mode catches the calls, so the networks need not know of it.
+    BatchNorm (the extractor's) takes its statistics over all processes, or their number would change what is learnt;
+    torch's own SyncBatchNorm does so too, but on GPUs only. The mode catches the calls, so the networks need not know.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -320,17 +326,18 @@ class WholeBatch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def rows(self, draw, shape):
-        """Draw for the whole batch, keep the rows of this process: shape (B/K, ...)."""
-        K, rank = dist.get_world_size(), dist.get_rank()
-        return draw((K * shape[0], *shape[1:])).chunk(K)[rank]
+        """Draw for the whole batch, keep the rows of this process: shape (B/world, ...)."""
+        world = dist.get_world_size()
+        return draw((world * shape[0], *shape[1:])).chunk(world)[dist.get_rank()]
 
     def batch_norm(self, x, running_mean, running_var, weight, bias, training, momentum, eps):
-        """F.batch_norm of x (B/K, C, H, W) with the mean and variance of all B images; gradients pass through both."""
-        K, h = dist.get_world_size(), x.float()
+        """F.batch_norm of x (B/world, C, H, W) with the mean and variance of all B images, which gradients pass
+        through."""
+        h = x.float()
         mean = Average.apply(h.mean((0, 2, 3)))  # (C,)
         h = h - mean[:, None, None]
         var = Average.apply(h.square().mean((0, 2, 3)))  # (C,)
-        n = K * h[:, 0].numel()
+        n = dist.get_world_size() * h[:, 0].numel()
         running_mean.lerp_(mean.detach(), momentum)
         running_var.lerp_(var.detach() * n / (n - 1), momentum)
         return (h * ((var + eps).rsqrt() * weight)[:, None, None] + bias[:, None, None]).to(x.dtype)
@@ -380,7 +387,9 @@ class Run:
         self.stage1 = Stage1(self.model.vqgan, **part(cfg, "stage1"), optimizer=optimizer)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)  # the EMA, with anchors of its own
         # fused: the whole update in one kernel, where a loop over tensors would start hundreds.
-        self.opt = optimizer([*self.model.extractor.parameters(), *self.model.unet.parameters()], cfg["lr"], fused=True)
+        # Weight decay 0.01: torch's and LDM's default; the paper names none.
+        self.opt = optimizer([*self.model.extractor.parameters(), *self.model.unet.parameters()], cfg["lr"],
+                             weight_decay=0.01, fused=True)
         # Per stage: images in a step, in all, seen so far, and minutes spent.
         self.batch, self.total = {1: cfg["stage1_batch"], 2: cfg["batch"]}, {1: cfg["stage1_images"], 2: cfg["images"]}
         self.seen, self.minutes, self.stage, self.stopped_by = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}, 1, None
@@ -529,11 +538,9 @@ class Run:
     def train_stage1(self):
         """Train the VQ-GAN, freeze it, and say how well it reconstructs."""
         for idx, progress in self.course(1):
-            values = self.stage1.step(self.data.images(idx), self.seen[1], progress)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.vqgan.parameters(), math.inf)  # clips nothing, measures
-            self.tally(1, **values, grad_norm=norm)
+            self.tally(1, **self.stage1.step(self.data.images(idx), self.seen[1], progress))
         self.check_finite(self.seen[1])
-        psnr = self.stage1.finish(self.data.images(self.fit_idx[:1024]))  # freezes it and sets latent_std
+        psnr = self.stage1.finish(self.data.images(self.fit_idx[:1024]))  # freezes it, sets latent_std from these
         self.average.load_state_dict(self.model.state_dict())  # the EMA starts from here, with the trained stage 1
         self.stage, self.sums = 2, {}
         self.log(1, self.seen[1], reconstruction_psnr=psnr, latent_std=self.model.vqgan.latent_std.item())
@@ -550,7 +557,7 @@ class Run:
         # On a GPU all latents are computed once and stay there. A CPU run sees most images once or twice: no gain.
         if on_gpu:
             parts = tqdm(torch.arange(len(self.data)).split(500), desc="encoding all images")
-            latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, z, h, w)
+            latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, Z, h, w)
         model.extractor.train()
         model.unet.train()
         for idx, progress in self.course(2):
@@ -558,8 +565,8 @@ class Run:
             warm = min(1.0, seen / max(cfg["warmup"], 1))  # rises to 1
             fall = min(1.0, (1 - progress) / cfg["decay"]) if cfg["decay"] else 1.0  # falls to 0 at the very end
             self.opt.param_groups[0]["lr"] = cfg["lr"] * warm * fall
-            own = idx.chunk(self.world)[self.rank]  # (B/K,) the rows of this process
-            images = self.data.images(own)  # x0, uint8 (B/K, 3, 64, 64)
+            own = idx.chunk(self.world)[self.rank]  # (B/world,) the rows of this process
+            images = self.data.images(own)  # x0, uint8 (B/world, 3, 64, 64)
             z0 = latents[own.to(self.device)].float() if on_gpu else model.vqgan.encode(images)
             with (torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu),  # a CPU gains nothing from it
                   WholeBatch() if many else contextlib.nullcontext()):

@@ -1,9 +1,10 @@
 """The denoiser and its diffusion: U-Net with cross-attention to the latent units, skip dropout, schedule, DDIM, EMA.
 
 Where it sits: stage 1 (vqgan.py) turned an image into a small latent z0; the extractor turned the same image into N
-latent units c. Diffusion drowns z0 in noise and this network must say what the noise was, given the units:
+latent units c, which alignment (dyga.py) turns into c~. Diffusion drowns z0 in noise and this network must say what
+the noise was, given the units:
 
-    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps          eps^ = UNet(z_t, t, c)          (equations 1 and 2)
+    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps          eps^ = UNet(z_t, t, c~)         (equations 1 and 2)
 
 The units enter at one kind of place only, as keys and values of cross-attention. What the noisy latent already shows,
 the network can copy through its skip connections without asking the units; *skip dropout* (section 3.3, equation 7)
@@ -35,7 +36,7 @@ def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
 
 
 def add_noise(z0, eps, t, alpha_bar):
-    """Forward process in one jump: z_t ~ q(z_t | z_0) for latents z0 and noise eps (B, C, H, W), and t int64 (B,)."""
+    """Forward process in one jump: z_t ~ q(z_t | z_0) for latents z0 and noise eps (B, Z, h, w), and t int64 (B,)."""
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
 
@@ -58,24 +59,25 @@ def zero(module):
     return module
 
 
-def drop_channels(x, p, training):
-    """Zero whole channels of x (B, C, H, W), each with probability p, and divide the rest by 1 - p.
+def drop_channels(x, rate, training):
+    """Zero whole channels of x (B, C, h, w), each with probability `rate` (1 - p in equation 7); divide the rest by p.
 
     Whole channels, because neighbouring pixels of one channel nearly repeat each other: dropping single pixels would
     hide almost nothing.
     Paper: equation 7 multiplies by the Bernoulli mask alone. We rescale as its released code does, so that the
     expected value is the same with and without dropout and nothing shifts at test time.
     """
-    if not training or p == 0:
+    if not training or rate == 0:
         return x
-    keep = torch.rand(x.shape[:2], device=x.device) >= p  # (B, C)
-    return x * (keep.to(x.dtype) / (1 - p))[:, :, None, None]
+    keep = torch.rand(x.shape[:2], device=x.device) >= rate  # (B, C)
+    return x * (keep.to(x.dtype) / (1 - rate))[:, :, None, None]
 
 
 class ResBlock(nn.Module):
-    """Residual block that knows the time: norm, SiLU, conv, then scale and shift by time, norm, SiLU, dropout, conv.
+    """Residual block that knows the time: norm, SiLU, conv, norm, scale and shift by time, SiLU, dropout, conv.
 
-    `resample` is None, "down" (average 2x2) or "up" (repeat 2x2), applied to both branches: LDM's `resblock_updown`.
+    `resample` is None, "down" (average 2x2) or "up" (repeat 2x2), before the first conv and on the other branch too:
+    LDM's `resblock_updown`.
     """
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout, resample=None):
@@ -87,7 +89,7 @@ class ResBlock(nn.Module):
         self.norm_out = nn.GroupNorm(groups, c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def _resize(self, x):
         if self.resample == "down":
@@ -97,12 +99,13 @@ class ResBlock(nn.Module):
         return x
 
     def forward(self, x, time, context, maps):
-        """x (B, C, H, W), time (B, T) -> (B, C', H', W'). `context` and `maps` pass by: see Transformer."""
+        """x (B, C, H, W), time (B, T) -> (B, C', H', W'). `context` and `maps` pass by: all blocks are called
+        alike (see Blocks)."""
         h = self.conv_in(self._resize(F.silu(self.norm_in(x))))
         scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # two of (B, C', 1, 1)
         h = self.norm_out(h) * (1 + scale) + shift
         h = self.conv_out(self.dropout(F.silu(h)))
-        return self.skip(self._resize(x)) + h
+        return self.shortcut(self._resize(x)) + h
 
 
 class Attention(nn.Module):
@@ -155,7 +158,8 @@ class Transformer(nn.Module):
         self.proj_out = zero(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x, time, context, maps):
-        """x (B, C, H, W), context c (B, N, D) -> (B, C, H, W). If `maps` is a list, append a map (B, N, H, W)."""
+        """x (B, C, H, W), context c (B, N, D) -> (B, C, H, W). If `maps` is a list, append a map (B, N, H, W).
+        `time` passes by."""
         B, C, H, W = x.shape
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, C): every pixel is a token
         if self.self_attention is not None:
@@ -190,16 +194,17 @@ class UNet(nn.Module):
         base: width of the first level.
         multipliers: width of each level as a multiple of `base`; every level but the last halves the size.
         res_blocks: residual blocks per level on the way down; one more on the way up.
-        attention_at: downsampling factors (1 = full latent size) whose blocks are followed by a Transformer.
+        attention_at: downsampling factors (1 = full latent size) whose blocks are followed by a Transformer. The middle
+            of the network always has one.
         heads: attention heads.
         groups: of every GroupNorm, LDM's 32; must divide every width.
         context_dim: D, the length of a latent unit.
         dropout: ordinary dropout inside the residual blocks.
-        skip_dropout: probability that a channel of a skip connection is dropped (section 3.3 calls it 1 - p).
+        skip_dropout: probability that a channel of a skip connection is dropped (1 - p in equation 7).
         skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions are not injected
-            through cross attention". With Table 8 that leaves the 2x2 level alone. "released": what made the paper's
-            tables. Its code asks whether the feature's WIDTH (16, 8, 4, 2) is in the list of FACTORS [1, 2, 4], and
-            drops where it is not: at widths 16 and 8, exactly where conditions are injected. We follow the tables.
+            through cross attention": with Table 8, the skips at 2x2 only. "released": what made the paper's tables.
+            Its code asks whether the feature's SIDE in pixels (16, 8, 4, 2) is in the list of FACTORS [1, 2, 4], and
+            drops where it is not: at 16x16 and 8x8, where conditions are injected. We follow the tables.
         backbone_dropout: Table 12's control: drop channels of the backbone at those places instead.
         self_attention: False leaves out the self-attention of every Transformer (not the cross-attention).
     """
@@ -253,18 +258,18 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(groups, width)
         self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
 
-    def drops_skips(self, factor, feature_width):
-        """Does skip dropout act where the features are `feature_width` pixels wide, `factor` times downsampled?"""
-        return (factor if self.skip_dropout_where == "text" else feature_width) not in self.attention_at
+    def drops_skips(self, factor, side):
+        """Does skip dropout act where the features are side x side pixels, `factor` times downsampled?"""
+        return (factor if self.skip_dropout_where == "text" else side) not in self.attention_at
 
     def forward(self, z_t, t, context, maps=None):
-        """Noisy latents z_t (B, C, H, W), times t int64 (B,), latent units c~ (B, N, D) -> noise eps^ (B, C, H, W).
+        """Noisy latents z_t (B, Z, h, w), times t int64 (B,), latent units c~ (B, N, D) -> noise eps^ (B, Z, h, w).
 
-        `maps`: pass an empty list to receive the cross-attention of every Transformer, each (B, N, h, w), averaged
-        over heads, summing to 1 over N. That is the slow path; leave it None to train and sample.
+        `maps`: pass an empty list to receive the cross-attention of every Transformer, each (B, N, h, w),
+        averaged over heads, summing to 1 over N. That is the slow path; leave it None to train and sample.
         """
         time = self.time_mlp(time_embedding(t, self.base).to(z_t.dtype))  # (B, 4*base)
-        h = self.conv_in(z_t)
+        h = self.conv_in(z_t)  # (B, base, h, w)
         skips = [h]
         for stage in self.down:
             h = stage(h, time, context, maps)
@@ -284,9 +289,11 @@ class UNet(nn.Module):
 
 
 def diffusion_loss(unet, z0, context, alpha_bar, kind="l1", t_sampling="uniform"):
-    """Equation 2: drown latents z0 (B, C, H, W) in noise at a random time each, and score the U-Net's guess of it.
+    """Equation 2: drown latents z0 (B, Z, h, w) in noise at a random time each, and score the U-Net's guess of it under
+    the aligned units c~ (B, N, D), the `context`.
 
-    kind: "l1" or "mse". Paper: the norm of equation 2 has no square and no name; its released configuration says l1.
+    kind: "l1" or "mse". Paper: equation 2 writes a norm without a square or a name; its released configuration says l1
+    (neither says why; in our trials mse learnt an object's shape and size earlier).
     t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0 the noisy latent
     shows everything and near T almost nothing can be told, so the units learn most in between.
     """
@@ -324,7 +331,7 @@ class Muon(torch.optim.AdamW):
     telling ones, such as those of an object's shape beside the hues', are learnt early that way. A convolution
     (out, in, k, k) is a matrix (out, in*k*k); UnitLinear's (N, in, out) are N matrices. Steps are scaled to the usual
     size of AdamW's (Liu et al. 2025), so that one `lr` serves both. A group of parameters with orthogonalise=False
-    is AdamW's too.
+    is AdamW's too. Weight decay is for AdamW's parameters only: a step of Muon has a size of its own.
 
     Paper: does not name its optimiser; the code that it builds on has AdamW, and so has the paper preset here.
     """
@@ -354,11 +361,11 @@ class Muon(torch.optim.AdamW):
 
 @torch.no_grad()
 def ddim(unet, noise, context, alpha_bar, steps=100, attention=False):
-    """Deterministic DDIM sampling (eta = 0) of latents from noise (B, C, H, W) under units (B, N, D).
+    """Deterministic DDIM sampling (eta = 0) of latents from noise (B, Z, h, w) under units c~ (B, N, D).
 
     Each step asks the U-Net for the noise, computes the clean latent that this implies, and goes to an earlier time
     with the same noise: the same `noise` and units always give the same latent.
-    Returns latents (B, C, H, W). With attention=True: (latents, maps (B, N, H, W)), the cross-attention averaged over
+    Returns latents (B, Z, h, w). With attention=True: (latents, maps (B, N, h, w)), the cross-attention averaged over
     heads, layers and steps after resizing each map to the latent's size (the way of DAAM, reference 60).
     Raises ValueError if steps is not between 1 and the schedule's length.
     """
@@ -366,18 +373,18 @@ def ddim(unet, noise, context, alpha_bar, steps=100, attention=False):
         raise ValueError(f"{steps} DDIM steps: there must be at least 1 and at most {len(alpha_bar)}")
     times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().long().tolist()  # evenly spaced, noisiest first
     ones = torch.ones(len(noise), dtype=torch.long, device=noise.device)
-    z, total, layers = noise, 0.0, 0
+    z_t, total, layers = noise, 0.0, 0
     for t, t_next in zip(times, times[1:] + [None]):
         maps = [] if attention else None
-        eps = unet(z, ones * t, context, maps)
+        eps_hat = unet(z_t, ones * t, context, maps)
         a = alpha_bar[t]
         a_next = torch.ones_like(a) if t_next is None else alpha_bar[t_next]
-        z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
-        z = a_next.sqrt() * z0 + (1 - a_next).sqrt() * eps
+        z0_hat = (z_t - (1 - a).sqrt() * eps_hat) / a.sqrt()
+        z_t = a_next.sqrt() * z0_hat + (1 - a_next).sqrt() * eps_hat
         for m in maps or []:
-            total = total + F.interpolate(m, size=z.shape[-2:], mode="bilinear")
+            total = total + F.interpolate(m, size=z_t.shape[-2:], mode="bilinear")
             layers += 1
-    return (z, total / layers) if attention else z
+    return (z_t, total / layers) if attention else z_t
 
 
 @torch.no_grad()
@@ -401,16 +408,16 @@ def ema_update(average, module, half_life, batch, images_seen):
 def main():
     """Build the paper-size U-Net, run one batch and print what happens at every level."""
     net = UNet()
-    z, context = torch.randn(2, 3, 16, 16), torch.randn(2, 20, 32)
+    z_t, context = torch.randn(2, 3, 16, 16), torch.randn(2, 20, 32)
     print(f"parameters {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M (Table 8: 37.550M)")
     print("  skips enter at    " + ", ".join(f"{16 // f}x{16 // f}" for f in net.up_factors))
     for where in ("released", "text"):
         net.skip_dropout_where = where
         dropped = sorted({16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}, reverse=True)
-        print(f"  dropped, {where:8}: widths {dropped}")
+        print(f"  dropped, {where:8}: where the features are {dropped} pixels wide")
     maps = []
-    eps = net(z, torch.tensor([10, 900]), context, maps)
-    print(f"z_t {tuple(z.shape)}, context {tuple(context.shape)} -> eps^ {tuple(eps.shape)}")
+    eps_hat = net(z_t, torch.tensor([10, 900]), context, maps)
+    print(f"z_t {tuple(z_t.shape)}, context {tuple(context.shape)} -> eps^ {tuple(eps_hat.shape)}")
     print("  cross-attention   " + ", ".join(f"{m.shape[-1]}x{m.shape[-1]}" for m in maps))
 
 

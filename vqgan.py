@@ -6,11 +6,13 @@ codebook of 2,048 such vectors replaces each by its nearest entry, which stops t
 numerical detail; a decoder draws the image from the result. L1 keeps it faithful, a discriminator keeps it sharp.
 
 The diffusion model works on the encoder's output *before* quantisation: smooth numbers are what noise can be added to.
-Decoding quantises first, so an error of less than half the way to the next code is snapped away.
+Decoding quantises first: the decoder has only ever seen codes, and an error that does not change the nearest code
+disappears.
 
     python vqgan.py --dataset shapes3d     # trains stage 1 alone; the same flags as train.py, which owns data and loop
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -44,7 +46,7 @@ def group_norm(channels):
 
 
 def norm_silu(channels):
-    """What precedes every convolution here."""
+    """What precedes each 3x3 convolution of a ResBlock, and the last one of encoder and decoder."""
     return nn.Sequential(group_norm(channels), nn.SiLU())
 
 
@@ -55,10 +57,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.branch = nn.Sequential(norm_silu(c_in), nn.Conv2d(c_in, c_out, 3, padding=1),
                                     norm_silu(c_out), nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
-        return self.skip(x) + self.branch(x)
+        return self.shortcut(x) + self.branch(x)
 
 
 class AttentionBlock(nn.Module):
@@ -121,17 +123,17 @@ class Codebook(nn.Module):
         return distances.argmin(dim=1)
 
     def forward(self, z):
-        """Latents z (B, C, h, w) -> (quantised latents, codebook loss, commitment loss); the losses are scalars.
+        """Unscaled latents z (B, Z, h, w) -> (quantised latents, codebook loss, commitment loss), losses 0-dim.
 
         The quantised latents pass gradients straight through to z, as if quantisation were not there: argmin has
         no gradient of its own.
         """
-        B, C, h, w = z.shape
-        flat = z.permute(0, 2, 3, 1).reshape(-1, C)  # (B*h*w, C)
+        B, Z, h, w = z.shape
+        flat = z.permute(0, 2, 3, 1).reshape(-1, Z)  # (B*h*w, Z)
         found = self.indices(flat.detach())  # (B*h*w,)
         if self.training:
             self.uses.index_add_(0, found, torch.ones_like(found, dtype=self.uses.dtype))
-        e = F.embedding(found, self.codes).view(B, h, w, C).permute(0, 3, 1, 2)  # (B, C, h, w)
+        e = F.embedding(found, self.codes).view(B, h, w, Z).permute(0, 3, 1, 2)  # (B, Z, h, w)
         codebook_loss = F.mse_loss(e, z.detach())  # moves the codes towards the encoder
         commitment_loss = F.mse_loss(z, e.detach())  # keeps the encoder near its codes
         return z + (e - z).detach(), codebook_loss, commitment_loss
@@ -145,8 +147,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z):
-        """Move every unused code onto a random latent vector of z (B, C, h, w), and begin counting anew."""
-        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B*h*w, C)
+        """Move every unused code onto a random latent vector of z (B, Z, h, w), and begin counting anew."""
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B*h*w, Z)
         pick = torch.randint(len(flat), (len(self.codes),), device=z.device)
         self.codes.copy_(torch.where((self.uses == 0)[:, None], flat[pick], self.codes))
         self.uses.zero_()
@@ -163,7 +165,7 @@ class VQGAN(nn.Module):
         channels: width after the first convolution.
         multipliers: width of each level as a multiple of `channels`; every level but the last halves the size.
         res_blocks: residual blocks per encoder level; decoder levels have one more.
-        z_channels: numbers per latent position ("embedding dimensionality").
+        z_channels: Z, numbers per latent position ("embedding dimensionality").
         codebook_size: number of codes ("number of embeddings").
         patch: fold patch x patch pixels into channels before the first convolution and unfold after the last. 1 in
             the paper. Convolutions at full resolution are most of a small VQ-GAN's cost, and on a CPU of this stage's.
@@ -199,17 +201,18 @@ class VQGAN(nn.Module):
         decoder += [norm_silu(width), nn.Conv2d(width, 3 * patch ** 2, 3, padding=1), nn.PixelShuffle(patch)]
         self.decoder = nn.Sequential(*decoder)
         # Diffusion assumes data of about unit variance. Latents are divided by this one number, their standard
-        # deviation over all positions and channels (LDM's scale_by_std), before any noise is added to them.
+        # deviation over images, positions and channels (LDM's scale_by_std); their mean stays as it is.
+        # Stage1.finish sets it, once; until then it is 1.
         self.register_buffer("latent_std", torch.ones(()))
 
     @torch.no_grad()
     def encode(self, images):
-        """Images uint8 (B, 3, H, W) -> latents z0 float (B, z_channels, H/f, W/f), scaled, not quantised."""
+        """Images uint8 (B, 3, H, W) -> latents z0 float (B, Z, h, w), scaled, not quantised; h = H/f, w = W/f."""
         return self.encoder(to_float(images)).float() / self.latent_std
 
     @torch.no_grad()
     def decode(self, z):
-        """Scaled latents (B, z_channels, h, w) -> images uint8 (B, 3, H, W); quantises on the way."""
+        """Scaled latents (B, Z, h, w) -> images uint8 (B, 3, H, W); quantises on the way."""
         return to_uint8(self.decoder(self.codebook(z * self.latent_std)[0]))
 
     def reconstruct(self, images):
@@ -264,7 +267,8 @@ class Stage1:
         self.lr = lr
         # LDM's short memories where the loss moves with the discriminator, longer ones where it does not.
         betas = (0.5, 0.9) if disc_weight > 0 else (0.9, 0.99)
-        # The codes are a table, no layer that maps one space to another: Muon must leave them to AdamW.
+        # orthogonalise=False is for Muon (unet.py), the laptop preset's optimiser: the codes are a table, no layer that
+        # maps one space to another, so it must leave them to AdamW, which ignores the word.
         parts = [dict(params=[*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]),
                  dict(params=vqgan.codebook.parameters(), orthogonalise=False)]
         self.opt = optimizer(parts, lr=lr, betas=betas, weight_decay=0.0, fused=True)
@@ -277,8 +281,8 @@ class Stage1:
         """Train on images uint8 (B, 3, H, W), after `images_seen` others, `progress` in [0, 1) through the stage.
         Returns a dict of 0-dim tensors:
 
-        l1, psnr (dB, range 0 to 255), codebook and commitment losses, codes_used (share), and with a discriminator
-        disc_loss and adversarial_weight. Tensors, not floats: reading one would make a GPU wait.
+        l1, psnr (dB, range 0 to 255), codebook and commitment losses, codes_used (share), grad_norm, and with a
+        discriminator disc_loss and adversarial_weight. Tensors, not floats: reading one would make a GPU wait.
         """
         self.vqgan.train()
         x = to_float(images)
@@ -288,7 +292,8 @@ class Stage1:
                 group["lr"] = self.lr * min(1.0, 2 * (1 - progress))
         z = self.vqgan.encoder(x)
         if images_seen // self.restart_images != (images_seen - len(x)) // self.restart_images:
-            # The first batch too: it puts the codes where the encoder's outputs are, so that none starts dead.
+            # The first batch too (-len(x) // n is -1): it puts the codes where the encoder's outputs are, so that none
+            # starts dead.
             self.vqgan.codebook.restart(z.detach())
         z_q, codebook_loss, commitment_loss = self.vqgan.codebook(z)
         x_hat = self.vqgan.decoder(z_q)
@@ -309,6 +314,7 @@ class Stage1:
             log["adversarial_weight"] = weight
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
+        log["grad_norm"] = nn.utils.clip_grad_norm_(self.vqgan.parameters(), math.inf)  # clips nothing, measures
         self.opt.step()
         if self.disc is not None:
             # Hinge loss: push real patches above +1 and drawn ones below -1, and care for nothing beyond that.
@@ -325,7 +331,7 @@ class Stage1:
         """Freeze the VQGAN, set its `latent_std` from images uint8 (n, 3, H, W), and return the mean PSNR in dB, a
         float, of its reconstructions of them."""
         self.vqgan.eval().requires_grad_(False)
-        z = torch.cat([self.vqgan.encode(part) for part in images.split(128)])  # (n, z_channels, h, w)
+        z = torch.cat([self.vqgan.encode(part) for part in images.split(128)])  # (n, Z, h, w)
         self.vqgan.latent_std.mul_(z.std())  # times, not set: a stage 1 taken from another run is scaled already
         drawn = torch.cat([self.vqgan.reconstruct(part) for part in images.split(128)])
         error = (drawn.float() - images.float()).square().mean((1, 2, 3))  # (n,)

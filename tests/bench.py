@@ -253,6 +253,46 @@ def bench_dci():
     yield "DCI, 10,000 / 5,000 samples", f"{wall:.0f} s", f"{wall / share:.2f} times its CPU time over {cores} cores"
 
 
+def exponent(sizes, seconds):
+    """The power of the size that the time goes with: the slope of a straight line through log time over log size."""
+    return f"time goes with the power {np.polyfit(np.log(sizes), np.log(seconds), 1)[0]:.2f}"
+
+
+def bench_scaling():
+    """How time grows with batch, samples, units and images: three points each, and the exponent."""
+    model = preset("laptop")
+    batches, times = (16, 64, 256), []
+    for batch in batches:
+        times.append(median_seconds(stepper(model, batch, True), 5))
+        yield f"step, laptop, batch {batch}", f"{batch / times[-1]:.0f} images/s", ""
+    yield "", "", exponent(batches, times)
+    units, _ = dyga.toy_units([10] * 20, 20_000, torch.Generator().manual_seed(0))  # (n, N, D)
+    for what, parts in (("samples", [units[:n] for n in (1_250, 5_000, 20_000)]),
+                        ("units", [units[:5_000, :N] for N in (5, 10, 20)])):
+        times = []
+        for part in parts:
+            times.append(median_seconds(lambda: dyga.DyGA(part.shape[1]).fit(part), 1, 0))
+            yield f"fit, {part.shape[1]} units x {len(part):,} samples", f"{times[-1]:.1f} s", ""
+        yield "", "", f"{what}: {exponent([part.numel() for part in parts], times)}"
+    encode, sizes = codes_of_the_whole_grid()
+    counts = (2_500, 5_000, 10_000)
+    for metric in (evaluate.factor_vae, evaluate.mig, evaluate.infomec):
+        times = [median_seconds(lambda: metric(encode, sizes, n_train=n), 1, 0) for n in counts]
+        yield f"{metric.__name__}, {counts[-1]:,} images or votes", f"{times[-1]:.2f} s", exponent(counts, times)
+
+
+def bench_start():
+    """From the command to an imported train.py, and to the first training step of the laptop preset."""
+    folder = Path(train.__file__).parent
+    leave = "import os, sys, train; sys.argv[1:] = {}; train.Run.tally = lambda *a, **k: os._exit(0); train.main()"
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["--dataset", "shapes3d", "--source", "rendered", "--preset", "laptop", "--out", f"{out}/run"]
+        for what, code in (("import train", "import train"), ("start to the first step", leave.format(flags))):
+            seconds = median_seconds(lambda: subprocess.run([sys.executable, "-c", code], cwd=folder, check=True,
+                                                            capture_output=True), 3)
+            yield what, f"{seconds:.1f} s", ""
+
+
 def main():
     """Run the chosen row groups and print the table."""
     torch.manual_seed(0)

@@ -267,7 +267,8 @@ def test_a_file_cut_short_anywhere_is_refused(small):
 @pytest.mark.parametrize("change", [{"format": train.FORMAT - 1}, {"format": None}, {"config": 3}])
 def test_another_format_is_refused(change, small):
     torch.save(small[1] | change, small[0])
-    assert f"not a checkpoint of format {train.FORMAT}" in refused(small[0])
+    line = refused(small[0])
+    assert f"not a checkpoint of format {train.FORMAT}" in line and "--released" in line
 
 
 @pytest.mark.parametrize("kind", ["torch", "old torch", "pickle", "inside a valid zip"])
@@ -364,19 +365,48 @@ def test_two_processes_of_torchrun_train_like_one(tmp_path):
     torch.testing.assert_close(one["model"][norm], both["model"][norm], atol=1e-4, rtol=1e-3)
 
 
-def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
+def start_together(out, *flags, prepares):
+    """A run of several processes, one for each prepare(): their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    pids = []
-    for rank in range(2):  # what torchrun sets
-        meeting = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        prepare = (lambda: at_call(train.Run, "tally", 5, die)) if rank else save_always  # the second step of stage 2
-        pids.append(start(tmp_path / "run", *SHORT, prepare=prepare, **meeting))
+    meeting = {"WORLD_SIZE": str(len(prepares)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+               "TORCHELASTIC_RUN_ID": "test"}  # what torchrun sets
+    return [start(out, *flags, prepare=prepare, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            for rank, prepare in enumerate(prepares)]
+
+
+def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
+    def second():
+        at_call(train.Run, "tally", 5, die)  # the second step of stage 2
+
+    pids = start_together(tmp_path / "run", *SHORT, prepares=[save_always, second])
     assert end(pids[1]) == -signal.SIGKILL
     assert end(pids[0]) == 1, said(tmp_path / "run")  # and does not wait for ever
     assert train.read_checkpoint(tmp_path / "run" / "ckpt.pt")["images_seen"] == 32
+
+
+def test_a_signal_to_one_of_four_processes_stops_all_after_the_same_step(tmp_path):
+    def last():
+        def send(run, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        at_call(train.Run, "tally", 5, send)  # the second step of stage 2
+
+    out = tmp_path / "run"
+    pids = start_together(out, *SHORT, prepares=[save_always, save_always, save_always, last])
+    assert [end(pid) for pid in pids] == 4 * [130], said(out)
+    assert train.read_checkpoint(out / "ckpt.pt")["images_seen"] == 64
+    # What four began, two can go on with.
+    pids = start_together(out, *SHORT, "--resume", prepares=2 * [save_always])
+    assert [end(pid) for pid in pids] == [0, 0], said(out)
+    assert train.read_checkpoint(out / "ckpt.pt")["finished"]
+
+
+def test_minutes_ends_all_processes_after_the_same_step(tmp_path):
+    pids = start_together(tmp_path / "run", *SMALL, "--minutes", "0.1", prepares=2 * [save_always])
+    assert [end(pid) for pid in pids] == [0, 0], said(tmp_path / "run")
+    assert train.read_checkpoint(tmp_path / "run" / "ckpt.pt")["finished"]
 
 
 def test_a_batch_that_cannot_be_split_is_refused(tmp_path, monkeypatch):

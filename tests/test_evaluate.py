@@ -516,7 +516,7 @@ def test_grid_metrics_are_refused_for_celeba_in_one_sentence():
 
 def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():
     c = torch.randn(200, 3, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9)
-    scalars = evaluate.to_scalars(c, evaluate.fit_pca(c)).numpy()
+    scalars = evaluate.project(c, evaluate.fit_pca(c)).numpy()
     for u in range(3):
         expected = PCA(1).fit_transform(c[:, u].numpy())[:, 0]
         assert np.allclose(np.abs(scalars[:, u]), np.abs(expected), atol=1e-4)  # the sign is free
