@@ -533,7 +533,8 @@ class Probe:
 
     idx (n,); c (n, N, D) before alignment; factors int64 (n, F); codes (n, N), their PCA coordinates; active
     bool (N,), FactorVAE's rule;
-    nmi (F, N), mutual information of factor and unit over the factor's entropy; best: shown factor -> unit of most nmi.
+    nmi (F, N), mutual information of factor and unit over the factor's entropy; best: shown factor -> unit of most nmi;
+    groups: shown factor -> its best unit and all active units that know no factor better: those that stand for it.
     """
 
     def __init__(self, model, ds, n, seed):
@@ -552,6 +553,10 @@ class Probe:
         # Shown: the factors that some unit knows best, at most 8 (CelebA has 40), in the dataset's order.
         self.best = {int(f): int(self.nmi[f].argmax()) for f in np.sort(np.argsort(-self.nmi.max(1))[:8])}
         self.labels = [f"{self.names[f]}: unit {u}" for f, u in self.best.items()]
+        favourite = self.nmi.argmax(0)  # (N,) the factor that a unit knows best
+        self.groups = {f: sorted({u, *np.flatnonzero(self.active & (favourite == f)).tolist()})
+                       for f, u in self.best.items()}
+        self.group_labels = [f"{self.names[f]}: {' '.join(map(str, units))}" for f, units in self.groups.items()]
 
 
 def aligned(model, ds, idx):
@@ -568,31 +573,36 @@ def generate(model, c, noise, steps, desc):
 
 
 def figure_interchange(model, ds, probe, source, target, noise, steps):
-    """Figures 3 and 8: give one unit of the source the target's value and see what changes. source, target: (C,)."""
+    """Figures 3 and 8: give the source the target's units of one factor and see what changes. source, target: (C,).
+
+    Paper: exchanges one unit. Several units may stand for one factor, as they do for hues here; one of them alone then
+    changes the factor by half, and the question is whether all of them change it alone.
+    """
     c, c_target = aligned(model, ds, source), aligned(model, ds, target)  # (C, N, D)
     swapped = c.repeat(1 + len(probe.best), 1, 1, 1)  # (R, C, N, D), the first row as it is
-    for row, u in enumerate(probe.best.values()):
-        swapped[1 + row, :, u] = c_target[:, u]  # only unit u is the target's
+    for row, units in enumerate(probe.groups.values()):
+        swapped[1 + row, :, units] = c_target[:, units]  # only these are the target's
     inputs = torch.stack([ds.images(idx.to(ds.device)).cpu() for idx in (source, target)])  # (2, C, 3, H, W)
     made = generate(model, swapped, noise, steps, "interchange")  # (R, C, 3, H, W)
-    labels = ["source", "target", "source, generated", *(f"target's {label}" for label in probe.labels)]
-    return data.image_grid(torch.cat([inputs, made]), labels, None, "Latent interchange: one unit from the target", 2)
+    labels = ["source", "target", "source, generated", *(f"target's {label}" for label in probe.group_labels)]
+    title = "Latent interchange: one factor's units from the target"
+    return data.image_grid(torch.cat([inputs, made]), labels, None, title, 2)
 
 
 def figure_interpolation(model, ds, probe, pair, noise, steps, columns):
-    """Figure 6: from image A to image B, all units at once, then one at a time. pair: (2,)."""
+    """Figure 6: from image A to image B, all units at once, then one factor's at a time. pair: (2,)."""
     # Aligned units are what the denoiser knows. What lies between is not aligned once more: that would make steps.
     a, b = aligned(model, ds, pair)  # (N, D) each
     t = torch.linspace(0, 1, columns)  # (T,)
     path = a + t[:, None, None] * (b - a)  # (T, N, D)
     paths = a.repeat(1 + len(probe.best), columns, 1, 1)  # (R, T, N, D)
     paths[0] = path  # all units move
-    for row, u in enumerate(probe.best.values()):
-        paths[1 + row, :, u] = path[:, u]  # one unit moves
+    for row, units in enumerate(probe.groups.values()):
+        paths[1 + row, :, units] = path[:, units]  # one factor's units move
     made = generate(model, paths, noise, steps, "interpolation")  # (R, T, 3, H, W)
     A, B = ds.images(pair.to(ds.device)).cpu().expand(len(made), -1, -1, -1, -1).split(1, 1)  # (R, 1, 3, H, W)
-    return data.image_grid(torch.cat([A, made, B], 1), ["all units", *probe.labels], [
-        "A", *(f"t={x:.2f}" for x in t.tolist()), "B"], "Interpolation from A to B: all units, then one unit alone", 2)
+    return data.image_grid(torch.cat([A, made, B], 1), ["all units", *probe.group_labels], [
+        "A", *(f"t={x:.2f}" for x in t.tolist()), "B"], "Interpolation from A to B: all units, then one factor's", 2)
 
 
 def heat(x):
