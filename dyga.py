@@ -3,8 +3,9 @@
 It sits between the extractor, which turns an image into N latent units of D numbers, and the denoiser. A unit that
 means one factor (wall hue, say) should take one group of values per attribute (per hue). DyGA finds such groups:
 
-    fit     after an epoch: a Gaussian mixture per unit. Its means are the unit's ANCHORS; their number is found too.
-            HDDC, then split clusters, then drop tiny ones, then HDDC again (Algorithm 2).
+    fit     after every r epochs, to the units of a fixed sample of images: a Gaussian mixture per unit. Its means are
+            the unit's ANCHORS; their number is found too. HDDC, then split clusters, then drop tiny ones, then
+            HDDC again (Algorithm 2).
     align   in every training step: move each unit a little towards its anchor (equation 6). The denoiser sees the
             result, works better with sharp groups, and so teaches the extractor to make them.
 
@@ -421,8 +422,9 @@ class DyGA(nn.Module):
             return energy.permute(2, 0, 1).softmax(-1) * self.mask
 
     def align(self, c, gumbel=None, return_delta=False):
-        """Feature alignment (section 3.2.2, Algorithm 3): c + delta (mu_k - c), equation 6, for c (B, N, D), any float.
+        """Feature alignment (section 3.2.2, Algorithm 3): c (B, N, D) -> c~ = c + delta (mu_k - c), equation 6.
 
+        delta = lambda exp(-mean_j |c_j - mu_kj| / |c_j|) is a number per sample and unit, from 0 to lambda.
         mu_k is the anchor of highest responsibility. gumbel: a torch.Generator on c's device; the anchor is then drawn
         with its responsibility as probability. return_delta: also return delta (B, N), from 0 to lambda; log its mean,
         near 0 the anchors do nothing. Constant units, and all units before the first fit, come back unchanged.
@@ -439,8 +441,9 @@ class DyGA(nn.Module):
         anchor = self.anchors[torch.arange(k.shape[1], device=k.device), k]  # (B, N, D), in c's own space
         x = c.float()  # what follows is elementwise, which autocast leaves in float32
         # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever the unit's other
-        # numbers say; here a tenth of the unit's scale is the least denominator. And delta is each unit's own: the
-        # released code has one for the whole batch, where one such c_j switches alignment off for everybody.
+        # numbers say; here a tenth of the unit's scale is the least denominator.
+        # And delta is per sample and unit: the released code has one delta for the whole batch, where one such c_j
+        # switches alignment off for everybody.
         size = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
         delta = self.lam * (-((x - anchor).abs() / size).mean(-1)).exp() * self.live  # (B, N)
         out = (x + delta[..., None] * (anchor - x)).to(c.dtype)

@@ -668,7 +668,8 @@ def draw_points(xy, colours, anchors, share, side):
 
 
 def figure_units(model, probe, sizes, n=1500):
-    """Figures 1 and 11: each factor's best unit in 2-D, coloured by the factor's value, before and after DyGA."""
+    """Figures 1 and 11: each factor's best unit in 2-D, coloured by the factor's value, before and after
+    alignment."""
     dyga, side, left, top, pitch = model.dyga, 230, 66, 56, 244  # pitch: from one panel to the next
     rows = [probe.c[:n].numpy(), dyga.align(probe.c[:n].to(dyga.anchors.device)).cpu().numpy()]  # (n, N, D) each
     sheet = Image.new("RGB", (left + max(3, len(probe.best)) * pitch, top + 2 * pitch + 46), "white")
@@ -753,8 +754,8 @@ FIGURES = {
     "interpolation": ("Interpolation (Figure 6)", "The first row should turn A into B, every other row change one."),
     "attention": ("Attention maps (Figures 4, 9 and 10)", "A unit should be looked up where its factor is seen: a "
                   "floor hue on the floor. Each map has its own range of colours."),
-    "units": ("Units by factor value, before and after DyGA (Figures 1 and 11)", "Equal colours should lie together; "
-              "alignment should pull them towards the anchors and clear the space between."),
+    "units": ("Units by factor value, before and after alignment (Figures 1 and 11)", "Equal colours should lie "
+              "together; alignment should pull them towards the anchors and clear the space between."),
     "loss": ("Training loss (Figure 7)", "It should fall and level off; a jump or a rise means instability."),
 }
 
@@ -803,8 +804,9 @@ def remarks(report):
         said.append("Quick run: smaller sample counts than the paper's; scores at other counts cannot be compared.")
     said += [note for row in report["scores"].values() for note in row["notes"]]
     if s:
-        said.append("Attribute separation before and after DyGA, means over active units: purity of anchors {:.3f}, "
-                    "{:.3f} (one single anchor: {:.3f}); share of pure anchors {:.3f}, {:.3f}; margin {:.3f}, {:.3f}."
+        said.append("Separation before and after alignment, means over active units: purity of anchors by labels "
+                    "{:.3f}, {:.3f} (one single anchor: {:.3f}); share of pure anchors {:.3f}, {:.3f}; margin "
+                    "{:.3f}, {:.3f}."
                     .format(*(s[key] for key in ("purity_before", "purity_after", "chance", "pure_before",
                                                  "pure_after", "margin_before", "margin_after"))))
     said.append("Mean delta of equation 6: {mean_delta:.1e}, lambda {lambda:g}; the released code's formula gives "

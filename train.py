@@ -64,11 +64,11 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "warmup": (0, "images over which the learning rate rises from 0"),
     "decay": (0.0, "last share of the course over which the learning rate falls to 0"),
     "clip": (0.0, "largest gradient norm; 0 does not clip"),
-    "loss": ("l1", "l1: |eps^ - eps| (equation 2 has no square); or mse"),
+    "loss": ("l1", "l1: |eps^ - eps|, as released (equation 2 names no norm); or mse"),
     "t_sampling": ("uniform", "how t is drawn; logit_normal prefers the middle of the schedule"),
     "ema_half_life": (3_550_000, "images after which a weight's part in the average has halved (0.9999 a step)"),
-    "anchors": ("dyga", "dyga; fsq, Table 11's rival; or none: with --unet.skip_dropout 0 too, the paper's baseline "
-                "EncDiff (its method: its own extractor is another)"),
+    "anchors": ("dyga", "dyga; fsq, Table 11's rival; or none. The paper's baseline EncDiff is none and "
+                "--unet.skip_dropout 0 together, but with this extractor, not EncDiff's own"),
     "epoch_images": (0, "length of an epoch in images; 0 is the whole dataset"),
     "fit_every": (1, "r: epochs between two fits of the anchors"),
     "fit_images": (20_000, "images whose units the anchors are fitted to (not in the paper)"),

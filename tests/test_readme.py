@@ -1,5 +1,6 @@
 """The README promises files, flags and line counts; each promise is checked here."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -44,3 +45,19 @@ def test_every_test_that_the_readme_names_exists():
     named = set(re.findall(r"`(test_\w+)`", README))
     assert len(named) > 10
     assert not [name for name in named if f"def {name}(" not in tests]
+
+
+def test_scores_of_the_numbers_table_are_those_of_the_recorded_runs():
+    rows = re.findall(r"\| ours, laptop preset, seed (\d), .*?\| rendered twin \|(.*)\|", README)
+    assert [seed for seed, _ in rows] == ["0", "1", "2"]
+    table = []
+    for seed, cells in rows:
+        recorded = json.loads((ROOT / f"assets/results/laptop-seed{seed}/metrics.json").read_text())
+        scores = [recorded["scores"][name]["value"]
+                  for name in ("factorvae", "dci_disentanglement", "mig", "infomec_infom")]
+        *shown, images, minutes = (float(cell.replace(",", "")) for cell in cells.split("|"))
+        assert shown == [round(score, 3) for score in scores]
+        assert (images, minutes) == (recorded["images_seen"], round(recorded["minutes"], 1))
+        table.append(scores)
+    (mean,) = re.findall(r"\| mean of the three \| rendered twin \|(.*?)\| \| \|", README)
+    assert [float(cell) for cell in mean.split("|")] == [round(sum(column) / 3, 3) for column in zip(*table)]
