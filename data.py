@@ -5,8 +5,9 @@ order. It is not the data: textures are missing, and a score on it is not a scor
 
 This is the input of every stage. `load("shapes3d")` returns one small object, whatever lies behind it (a renderer, a
 memory-mapped file, a tensor on the GPU): ask it for images by index, and for the factors that an index stands for.
-Try it alone: `python data.py --dataset shapes3d` prints what was found (source, number of images, factors and their
-sizes) and draws out/data-shapes3d.png, a grid with one row per factor in which only that factor changes.
+First reading: `load` and `Dataset` at the end, then the rendered twin in the middle; shared helpers and official files
+can wait. Try it alone: `python data.py --dataset shapes3d` prints what was found (source, number of images, factors and
+their sizes) and draws out/data-shapes3d.png, a grid with one row per factor in which only that factor changes.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """From a checkpoint to numbers, pictures and one page: the last stage, and the only one that looks at true factors.
 
     python evaluate.py out/shapes3d-laptop/ckpt.pt              # everything, at the paper's sample counts
-    python evaluate.py out/shapes3d-laptop/ckpt.pt --quick      # half a minute, at smaller counts
+    python evaluate.py out/shapes3d-laptop/ckpt.pt --quick      # under a minute, at smaller counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
     python evaluate.py epoch=99.ckpt --released shapes3d        # weights of the paper's own released code
 
