@@ -674,7 +674,7 @@ def figure_units(model, probe, sizes, n=1500):
     rows = [probe.c[:n].numpy(), dyga.align(probe.c[:n].to(dyga.anchors.device)).cpu().numpy()]  # (n, N, D) each
     sheet = Image.new("RGB", (left + max(3, len(probe.best)) * pitch, top + 2 * pitch + 46), "white")
     draw = ImageDraw.Draw(sheet)
-    text(draw, 8, 6, "Units in 2-D: first two principal components before DyGA; crosses are anchors", 15)
+    text(draw, 8, 6, "Units in 2-D: first two principal components before alignment; crosses are anchors", 15)
     for y, name in ((side / 2, "before"), (pitch + side / 2, "after"), (2 * pitch + 7, "value")):
         text(draw, 8, top + y, name, 14, "lm")
     for column, (f, u) in enumerate(probe.best.items()):

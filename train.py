@@ -85,7 +85,7 @@ PRESETS = {
         "vqgan.patch": 4, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1, "stage1.disc_weight": 0.0,
         "stage1.lr": 3e-3, "stage1_batch": 16, "stage1_images": 32_000, "stage1.restart_images": 2_500,
         # The extractor sees the image at 32x32; its private MLPs are a quarter as wide. The paper's 20 units, not the
-        # 10 of our first tries: a hue takes three or four, so the last factors found none free (README, Numbers).
+        # 10 of our first tries: a hue takes three or more, so the last factors found none free (README, Numbers).
         "extractor.n_units": 20, "extractor.shrink": 2, "extractor.channels": [16, 32, 64, 64],
         "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128], "extractor.unit_relu": False,
         # Widths 8 and 4 are both outside [1, 2]: by the released rule, skip dropout acts on every skip.
@@ -93,9 +93,9 @@ PRESETS = {
         # One head of attention: a pixel then looks up one unit at a time, where four heads look up a blend of four, and
         # factors part (README, Numbers).
         "unet.heads": 1, "unet.self_attention": False, "unet.dropout": 0.0,
-        # Measured one by one, in README, Numbers: a squared error learns an object's shape and size earlier than L1
-        # does, times from the middle of the schedule teach hues earlier than uniform ones, and Muon teaches shape and
-        # orientation, and stage 1, earlier than AdamW.
+        # In a prototype a squared error learnt an object's shape and size earlier than L1. In README, Numbers: times
+        # from the middle of the schedule teach hues earlier than uniform ones, and Muon teaches shape and orientation,
+        # and stage 1, earlier than AdamW.
         "loss": "mse", "t_sampling": "logit_normal", "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3,
         "optimizer": "muon",
         # The course ends before one pass over the data. Epochs are shorter, or no anchor would ever act.

@@ -293,7 +293,7 @@ def diffusion_loss(unet, z0, context, alpha_bar, kind="l1", t_sampling="uniform"
     the aligned units c~ (B, N, D), the `context`.
 
     kind: "l1" or "mse". Paper: equation 2 writes a norm without a square or a name; its released configuration says l1
-    (neither says why; in our trials mse learnt an object's shape and size earlier).
+    (neither says why; in a prototype mse learnt an object's shape and size earlier).
     t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0 the noisy latent
     shows everything and near T almost nothing can be told, so the units learn most in between.
     """
