@@ -532,9 +532,8 @@ class Probe:
     """A random sample of images and what the model makes of it, shared by the figures.
 
     idx (n,); c (n, N, D) before alignment; factors int64 (n, F); codes (n, N), their PCA coordinates; active
-    bool (N,), FactorVAE's rule;
-    nmi (F, N), mutual information of factor and unit over the factor's entropy; best: shown factor -> unit of most nmi;
-    groups: shown factor -> its best unit and all active units that know no factor better: those that stand for it.
+    bool (N,), FactorVAE's rule; nmi (F, N), mutual information of factor and unit over the factor's entropy; best:
+    shown factor -> unit of most nmi; groups: shown factor -> its best unit and all active units that know no factor better.
     """
 
     def __init__(self, model, ds, n, seed):
@@ -581,7 +580,7 @@ def figure_interchange(model, ds, probe, source, target, noise, steps):
     c, c_target = aligned(model, ds, source), aligned(model, ds, target)  # (C, N, D)
     swapped = c.repeat(1 + len(probe.best), 1, 1, 1)  # (R, C, N, D), the first row as it is
     for row, units in enumerate(probe.groups.values()):
-        swapped[1 + row, :, units] = c_target[:, units]  # only these are the target's
+        swapped[1 + row][:, units] = c_target[:, units]  # only these are the target's
     inputs = torch.stack([ds.images(idx.to(ds.device)).cpu() for idx in (source, target)])  # (2, C, 3, H, W)
     made = generate(model, swapped, noise, steps, "interchange")  # (R, C, 3, H, W)
     labels = ["source", "target", "source, generated", *(f"target's {label}" for label in probe.group_labels)]
@@ -598,7 +597,7 @@ def figure_interpolation(model, ds, probe, pair, noise, steps, columns):
     paths = a.repeat(1 + len(probe.best), columns, 1, 1)  # (R, T, N, D)
     paths[0] = path  # all units move
     for row, units in enumerate(probe.groups.values()):
-        paths[1 + row, :, units] = path[:, units]  # one factor's units move
+        paths[1 + row][:, units] = path[:, units]  # one factor's units move
     made = generate(model, paths, noise, steps, "interpolation")  # (R, T, 3, H, W)
     A, B = ds.images(pair.to(ds.device)).cpu().expand(len(made), -1, -1, -1, -1).split(1, 1)  # (R, 1, 3, H, W)
     return data.image_grid(torch.cat([A, made, B], 1), ["all units", *probe.group_labels], [
