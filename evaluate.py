@@ -533,7 +533,7 @@ class Probe:
 
     idx (n,); c (n, N, D) before alignment; factors int64 (n, F); codes (n, N), their PCA coordinates; active
     bool (N,), FactorVAE's rule; nmi (F, N), mutual information of factor and unit over the factor's entropy; best:
-    shown factor -> unit of most nmi; groups: shown factor -> its best unit and all active units that know no factor better.
+    shown factor -> unit of most nmi; groups: shown factor -> its best unit and all active units that know none better.
     """
 
     def __init__(self, model, ds, n, seed):
