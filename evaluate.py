@@ -3,7 +3,7 @@
     python evaluate.py out/shapes3d-laptop/ckpt.pt              # everything, at the paper's sample counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --quick      # under a minute, at smaller counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
-    python evaluate.py epoch=99.ckpt --released shapes3d        # weights of the paper's own released code
+    python evaluate.py epoch=99.ckpt --released shapes3d        # weights of the paper's released code, or EncDiff's
 
 prints a table with the paper's numbers beside ours and writes metrics.json, a PNG per figure and index.html (open it
 in a browser; it needs no network) to the folder eval beside the checkpoint, or to --out.
@@ -794,8 +794,8 @@ def remarks(report):
     """What a reader must know before quoting a number: a list of sentences."""
     said, s, d = [], report["separation"], report["delta"]
     if report["images_seen"] is None:
-        said.append("Released weights of the paper's repository: the file does not say how long they were trained, and "
-                    "their anchors are not in it.")
+        said.append("Released weights of the paper's repository or EncDiff's: the file does not say how long they were "
+                    "trained, and there are no anchors in it.")
     if report["source"] == "rendered":
         said.append("The images are the rendered twin of Shapes3D, not Shapes3D itself: no score here is a Shapes3D "
                     "score, and the paper's numbers stand beside ours for orientation only.")
@@ -876,7 +876,8 @@ def page(report, config, out, interactive):
 
 # ---- Released weights -----------------------------------------------------------------------------------------------
 # The paper's own models (GitHub youngjun-jun/dis-dis) are Lightning files of latent diffusion's networks: the same as
-# ours, under other names. These tables translate our names, so that their weights can be scored with our code.
+# ours, under other names. These tables translate our names, so that their weights can be scored with our code. EncDiff,
+# the paper's baseline (reference 67), differs in the extractor only.
 
 UNITS, STAGE1, UNET = "cond_stage_model.", "first_stage_model.", "model.diffusion_model."
 # Layers within a block: ours -> theirs.
@@ -894,6 +895,46 @@ FUSED = {"to_kv": ("to_k", "to_v"), "to_qkv": ("q", "k", "v")}  # one layer here
 # What a file may hold beyond weights: the noise schedule, counters, stage 1's losses.
 UNUSED = re.compile(r"betas|(alphas|sqrt|log_one|posterior)_\w+|(shift|ddim)_coef|logvar|lvlb_weights"
                     r"|model_ema\.(decay|num_updates)|first_stage_model\.(loss|model_ema)\..+")
+
+
+class EncDiffBlock(torch.nn.Module):
+    """A residual block of EncDiff's extractor: x + convs(x)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.convs = torch.nn.Sequential(
+            torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.BatchNorm2d(width),
+            torch.nn.ReLU(), torch.nn.Conv2d(width, width, 1))
+
+    def forward(self, x):
+        return x + self.convs(x)
+
+
+class EncDiffExtractor(torch.nn.Module):
+    """EncDiff's extractor, layers named as in its files: images (B, 3, 64, 64) in [-1, 1] -> units c (B, N, D).
+
+    width: of every convolution (theirs: 128); unit_widths: of a unit's private MLP, such as (1, 64, 128, 16).
+    Source: class Encoder4 of its code, of which GitHub's SelenaGeRuiqi/EncDiff holds a copy.
+    """
+
+    def __init__(self, width, n_units, unit_widths):
+        super().__init__()
+
+        def halve(c_in):
+            return torch.nn.Conv2d(c_in, width, 4, stride=2, padding=1), torch.nn.BatchNorm2d(width)
+        relu = torch.nn.ReLU()
+        self.encoder = torch.nn.Sequential(
+            *halve(3), relu, *halve(width), relu, *halve(width), *halve(width), relu, EncDiffBlock(width),
+            torch.nn.BatchNorm2d(width), relu, EncDiffBlock(width), torch.nn.Flatten(),
+            torch.nn.Linear(16 * width, n_units))  # 64 pixels, halved four times: 4 x 4
+        self.net = torch.nn.ModuleList()
+        for _ in range(n_units):
+            layers = [torch.nn.Linear(a, b) for a, b in zip(unit_widths[:-1], unit_widths[1:])]
+            self.net.append(torch.nn.Sequential(layers[0], torch.nn.ELU(), layers[1], torch.nn.ELU(), layers[2]))
+
+    def forward(self, x):
+        s = self.encoder(x)  # (B, N)
+        return torch.stack([net(s[:, u:u + 1]) for u, net in enumerate(self.net)], dim=1)  # (B, N, D)
 
 
 class Foreign:
@@ -937,7 +978,8 @@ def released_places(cfg, stages):
     decoder += ["decoder.norm_out", "decoder.conv_out"]
     unet = {"time_mlp": "time_embed", "conv_in": "input_blocks.0.0", "middle": "middle_block", "up": "output_blocks",
             "norm_out": "out.0", "conv_out": "out.2"} | {f"down.{i}": f"input_blocks.{i + 1}" for i in range(stages)}
-    return {"extractor.cnn": f"{UNITS}image_encoder.encoder", "extractor.to_scalars": f"{UNITS}image_encoder.fc",
+    return {"extractor": UNITS[:-1],  # EncDiff's; the paper's is in two parts, and private MLPs (see released_names)
+            "extractor.cnn": f"{UNITS}image_encoder.encoder", "extractor.to_scalars": f"{UNITS}image_encoder.fc",
             "vqgan.codebook.codes": f"{STAGE1}quantize.embedding.weight", "vqgan.latent_std": "scale_factor",
             "alpha_bar": "alphas_cumprod", **{f"unet.{ours}": UNET + theirs for ours, theirs in unet.items()},
             **{f"vqgan.encoder.{i}": STAGE1 + theirs for i, theirs in enumerate(encoder)},
@@ -958,16 +1000,18 @@ def released_names(name, places, n_units):
 
 
 def load_released(path, dataset, device="cpu"):
-    """A file of the released code -> (model in eval mode, what main needs of a checkpoint). It has no anchors.
+    """A file of the released code, or of EncDiff's -> (model in eval mode, what main needs of a checkpoint), without
+    anchors.
 
     Sizes come from the tensors' shapes; what no shape tells is Table 8's, such as 8 heads. UserError names the first
-    tensor that is missing, left over, or of another shape: EncDiff's files, for one, have a different extractor.
+    tensor that is missing, left over, or of another shape.
     """
     weights, used = read_released(path), set()
 
     def take(name):
         if name not in weights:
-            raise UserError(f"{path}: has no {name}; expected a model file of youngjun-jun/dis-dis, with its layout")
+            raise UserError(f"{path}: has no {name}; expected a model file of youngjun-jun/dis-dis or EncDiff, as "
+                            "their code writes it")
         used.add(name)
         return weights[name]
 
@@ -975,14 +1019,22 @@ def load_released(path, dataset, device="cpu"):
         return [len(take(name)) for name in names]
     cfg = {name: default for name, (default, _) in train.all_settings().items()} | {"anchors": "none"}
     try:
-        encoder, fc, mlp = (f"{UNITS}{part}" for part in ("image_encoder.encoder", "image_encoder.fc", "mlps.0.layers"))
-        cfg["extractor.channels"] = sizes(*(f"{encoder}.{i}.bias" for i in (0, 3, 6, 9, 12)))
-        *cfg["extractor.hidden"], cfg["extractor.n_units"] = sizes(*(f"{fc}.{i}.bias" for i in (0, 2, 4)))
+        encdiff = f"{UNITS}net.0.0.bias" in weights
+        encoder, fc = f"{UNITS}image_encoder.encoder", f"{UNITS}image_encoder.fc"
+        mlp = f"{UNITS}net.0" if encdiff else f"{UNITS}mlps.0.layers"
         *cfg["extractor.unit_hidden"], cfg["extractor.unit_dim"] = sizes(*(f"{mlp}.{i}.bias" for i in (0, 2, 4)))
+        if encdiff:
+            width, cfg["extractor.n_units"] = sizes(f"{UNITS}encoder.0.bias", f"{UNITS}encoder.16.bias")
+        else:
+            cfg["extractor.channels"] = sizes(*(f"{encoder}.{i}.bias" for i in (0, 3, 6, 9, 12)))
+            *cfg["extractor.hidden"], cfg["extractor.n_units"] = sizes(*(f"{fc}.{i}.bias" for i in (0, 2, 4)))
         cfg["vqgan.channels"], cfg["vqgan.z_channels"], cfg["vqgan.codebook_size"], cfg["unet.base"] = sizes(
             f"{STAGE1}encoder.conv_in.bias", f"{STAGE1}quant_conv.bias", f"{STAGE1}quantize.embedding.weight",
             f"{UNET}input_blocks.0.0.bias")
         model = train.Model(cfg)
+        if encdiff:
+            widths = 1, *cfg["extractor.unit_hidden"], cfg["extractor.unit_dim"]
+            model.extractor = EncDiffExtractor(width, cfg["extractor.n_units"], widths)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: the sizes of its tensors make no network of the paper's ({error})") from error
     places = released_places(cfg, len(model.unet.down))
@@ -1004,7 +1056,7 @@ def load_released(path, dataset, device="cpu"):
         ours.copy_(1 / theirs if name == "vqgan.latent_std" else theirs)
     left = [name for name in weights if name not in used and not UNUSED.fullmatch(name)]
     if left:
-        raise UserError(f"{path}: {left[0]} has no place in the paper's networks; expected its released code's layout")
+        raise UserError(f"{path}: {left[0]} has no place in these networks; expected the released code's layout")
     for module in model.vqgan.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = 32  # theirs at every width; ours has fewer, wider groups
@@ -1029,7 +1081,7 @@ def build_parser():
     p = data.Parser(description="Score a checkpoint of train.py, draw its figures, and write one page with all of it.")
     p.add_argument("checkpoint", help="ckpt.pt of train.py; nothing else is needed")
     p.add_argument("--released", choices=DATASETS, metavar="DATASET",
-                   help="the checkpoint is a file of the paper's released code, trained on this dataset: "
+                   help="the checkpoint is a file of the paper's released code, or EncDiff's, trained on this dataset: "
                    + ", ".join(DATASETS))
     p.add_argument("--out", help="folder for everything written (default: eval, beside the checkpoint)")
     p.add_argument("--quick", action="store_true",

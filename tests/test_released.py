@@ -1,4 +1,5 @@
-"""evaluate.py --released: a file in the layout of the paper's released code gives what that code's networks give.
+"""evaluate.py --released: a file in the layout of the paper's released code, or of EncDiff's, gives what that code's
+networks give.
 
 The reference below is a plain reading of those networks, one function each, that asks for its weights by their names
 there. A name asked for the first time gets random numbers, so running it also writes the file that it describes: names,
@@ -50,16 +51,19 @@ class Released:
         """GroupNorm of 32 groups at every width: 1e-6 in stage 1 and before attention, 1e-5 in residual blocks."""
         return F.group_norm(x, 32, *self.affine(name, x.shape[1]), eps)
 
+    def batch_norm(self, name, x):
+        self.weights[f"{name}.num_batches_tracked"] = torch.tensor(7)
+        mean = self.get(f"{name}.running_mean", x.shape[1], scale=0.1)
+        var = self.get(f"{name}.running_var", x.shape[1], scale=0.05, shift=0.5).abs()
+        return F.batch_norm(x, mean, var, *self.affine(name, x.shape[1]))
+
     # ---- Extractor: image -> (B, N, D) ----
 
     def units(self, x):
         for i, c, k in zip((0, 3, 6, 9, 12), (64, 128, 256, 256, 256), (7, 4, 4, 4, 4)):
             name = f"{UNITS}image_encoder.encoder"
             x = self.conv(f"{name}.{i}", x, c // self.wide, k, stride=1 if k == 7 else 2, padding=3 if k == 7 else 1)
-            self.weights[f"{name}.{i + 1}.num_batches_tracked"] = torch.tensor(7)
-            mean = self.get(f"{name}.{i + 1}.running_mean", x.shape[1], scale=0.1)
-            var = self.get(f"{name}.{i + 1}.running_var", x.shape[1], scale=0.05, shift=0.5).abs()
-            x = F.relu(F.batch_norm(x, mean, var, *self.affine(f"{name}.{i + 1}", x.shape[1])))
+            x = F.relu(self.batch_norm(f"{name}.{i + 1}", x))
         x = x.flatten(1)
         for i, width in ((0, 4096 // self.wide), (2, 256 // self.wide), (4, self.n)):
             x = self.linear(f"{UNITS}image_encoder.fc.{i}", x, width)
@@ -174,6 +178,29 @@ class Released:
         return c, latent, self.decode(latent), self.unet(z, t, c)
 
 
+class EncDiff(Released):
+    """EncDiff's networks: the same but for the extractor."""
+
+    def residual(self, name, x):
+        h = self.batch_norm(f"{name}.2", self.conv(f"{name}.1", F.relu(x), x.shape[1]))
+        return x + self.conv(f"{name}.4", F.relu(h), x.shape[1], 1)
+
+    def units(self, x):
+        name = f"{UNITS}encoder"
+        for i in (0, 3, 6, 8):
+            x = self.batch_norm(f"{name}.{i + 1}", self.conv(f"{name}.{i}", x, 128 // self.wide, 4, 2, 1))
+            x = x if i == 6 else F.relu(x)  # the third has none
+        x = F.relu(self.batch_norm(f"{name}.12", self.residual(f"{name}.11.convs", x)))
+        s = self.linear(f"{name}.16", self.residual(f"{name}.14.convs", x).flatten(1), self.n)
+        out = []
+        for u in range(self.n):
+            h = s[:, u:u + 1]
+            for i, width in ((0, 64 // self.wide), (2, 128 // self.wide)):
+                h = F.elu(self.linear(f"{UNITS}net.{u}.{i}", h, width))
+            out.append(self.linear(f"{UNITS}net.{u}.4", h, self.dim))
+        return torch.stack(out, 1)
+
+
 def schedule():
     betas = torch.linspace(0.0015 ** 0.5, 0.0155 ** 0.5, 1000, dtype=torch.float64) ** 2
     return {"betas": betas.float(), "alphas_cumprod": (1 - betas).cumprod(0).float(),
@@ -187,8 +214,16 @@ Z, T = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)), to
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
+    return small_file(Released(), tmp_path_factory.mktemp("released") / "epoch=1.ckpt")
+
+
+@pytest.fixture(scope="module")
+def encdiff(tmp_path_factory):
+    return small_file(EncDiff(dim=16, wide=4), tmp_path_factory.mktemp("encdiff") / "last.ckpt")
+
+
+def small_file(theirs, path):
     """A small file of theirs, and what their networks make of two images with it."""
-    theirs = Released()
     with torch.no_grad():
         expected = theirs.run(IMAGES / 127.5 - 1, Z, T)
     weights = theirs.weights | schedule()
@@ -197,14 +232,14 @@ def released(tmp_path_factory):
         weights["model_ema." + name.removeprefix("model.").replace(".", "")] = weights[name]
         weights[name] = torch.full_like(weights[name], 9.0)
     weights |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
-    path = tmp_path_factory.mktemp("released") / "epoch=1.ckpt"
     torch.save({"epoch": 1, "global_step": 9, "state_dict": weights}, path)
     return path, weights, expected
 
 
-def test_every_network_computes_what_theirs_does(released):
-    model, _ = evaluate.load_released(released[0], "shapes3d")
-    c, latent, drawn, eps = released[2]
+@pytest.mark.parametrize("whose", ["released", "encdiff"])
+def test_every_network_computes_what_theirs_does(whose, request):
+    path, _, (c, latent, drawn, eps) = request.getfixturevalue(whose)
+    model, _ = evaluate.load_released(path, "shapes3d")
     with torch.no_grad():
         assert torch.allclose(model.units(IMAGES), c, atol=1e-5)
         assert torch.allclose(model.vqgan.encode(IMAGES), latent, atol=1e-4)
@@ -238,8 +273,8 @@ def test_at_the_papers_size_their_layout_has_the_papers_numbers_of_parameters(mo
     (lambda w: w.pop(f"{UNET}middle_block.1.proj_out.bias"), "has no model.diffusion_model.middle_block.1.proj_out"),
     (lambda w: w.update({f"{UNET}label_emb.weight": torch.ones(2)}), "label_emb.weight has no place"),
     (lambda w: w.update({f"{STAGE1}encoder.mid.attn_1.k.weight": torch.ones(2, 128, 1, 1)}), "attn_1.q.weight makes"),
-    # EncDiff's extractor: other layers, and its units' networks are called net.
     (lambda w: [w.pop(name) for name in list(w) if "image_encoder" in name], "has no cond_stage_model.image_encoder"),
+    (lambda w: w.update({f"{UNITS}net.0.0.bias": torch.ones(2)}), "has no cond_stage_model.net.0.2"),  # half an EncDiff
     (lambda w: w.update({f"{UNITS}mlps.2.layers.0.bias": torch.ones(3)}), "mlps.0.layers.0.bias makes"),
     (lambda w: w.update({f"{UNET}input_blocks.0.0.bias": torch.ones(33)}), "sizes of its tensors"),
     (lambda w: w.update({f"{UNET}input_blocks.0.0.bias": torch.tensor(1.0)}), "sizes of its tensors"),
@@ -301,5 +336,5 @@ def test_the_command_scores_a_released_file(released, tmp_path, monkeypatch, cap
                                       "modularity", "--device", "cpu", "--out", str(tmp_path)])
     evaluate.main()
     said = capsys.readouterr().out
-    assert "released weights; shapes3d" in said and "their anchors are not in it" in said
+    assert "released weights; shapes3d" in said and "there are no anchors in it" in said
     assert "Modularity" in said and (tmp_path / "index.html").is_file()
