@@ -15,14 +15,13 @@ import contextlib
 import functools
 import io
 import math
-import multiprocessing
 import os
-import signal
 import sys
 import tarfile
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +51,10 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    # OSError: disk full, no permission, a file where a folder should be. The system's own words name the path.
-    # Every other exception is a bug of ours, and keeps its traceback.
-    except (UserError, OSError, ImportError) as error:
+    # OSError: disk full, no permission, a file where a folder should be. The system's own words name the path. And a
+    # GPU's memory is full: smaller batches are the way out. Every other exception is a bug of ours, and keeps its
+    # traceback.
+    except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
@@ -278,7 +278,7 @@ def readable(path, advice):
         yield
     except Exception as error:
         reason = error if isinstance(error, UserError) else " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is damaged or not the official file ({reason}); {advice}") from error
+        raise UserError(f"{path}: {reason}; if it is damaged or not the official file, {advice}") from error
 
 
 def expect(what, found, expected):
@@ -348,15 +348,14 @@ def shrink_face(name, packed):
 
 
 def read_celeba(path, facts):
-    """A folder or .zip of .jpg files, yielded in the order of the attribute list; a process per core shrinks them."""
-    # Ctrl-C is for the main process alone: it ends the others. (They end with it too, if it is killed.)
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with readable(path, facts["advice"]), multiprocessing.Pool(**quiet) as pool:
+    """A folder or .zip of .jpg files, yielded in the order of the attribute list."""
+    # Threads, not processes: Pillow unpacks and resizes without holding Python's lock.
+    with readable(path, facts["advice"]), ThreadPoolExecutor() as pool:
         folder = path if path.is_dir() else zipfile.Path(path, "img_align_celeba/")
         for start in range(0, facts["images"], PIECE):
             names = facts["files"][start:start + PIECE]
-            packed = [(name, (folder / name).read_bytes()) for name in names]  # here, so a .zip is opened only once
-            yield np.stack(pool.starmap(shrink_face, packed, chunksize=32))  # (PIECE, 64, 64, 3)
+            packed = [(folder / name).read_bytes() for name in names]  # here: the threads would share one file
+            yield np.stack(list(pool.map(shrink_face, names, packed)))  # (PIECE, 64, 64, 3)
 
 
 def read_celeba_attributes(data_dir, facts):
@@ -419,7 +418,7 @@ DATASETS = {
 
 
 def stored(npy, facts, device):
-    """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file, held on the GPU where it fits."""
+    """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file, held on the GPU if it is small."""
     with readable(npy, "delete it, and the next run makes it again"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns that the file cannot be written to: fine
         pixels = torch.from_numpy(np.load(npy, mmap_mode="r"))  # (images, 64, 64, 3), still on disk
@@ -475,7 +474,8 @@ class Dataset:
 
 
 def load(dataset, data_dir="data", source="auto", device="cpu"):
-    """Open a Dataset; "auto" is official if the file is there, else rendered. UserError: unknown, missing, damaged."""
+    """Open a Dataset; "auto" is official, or rendered for shapes3d without its file. UserError: unknown, missing,
+    damaged."""
     if dataset not in DATASETS:
         raise UserError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
     if source not in ("auto", "official", "rendered") or (source == "rendered" and dataset != "shapes3d"):

@@ -242,9 +242,10 @@ class DyGA(nn.Module):
     def __init__(self, n_units, dim=32, k_init=8, k_max=32, max_iter=30, lam=0.1, accept="always", d_max=8,
                  spread=0.5, split_odds=0.5, min_samples=10, min_fraction=1e-3, tol=1e-4):
         super().__init__()
-        if accept not in ("always", "bic") or not 1 <= k_init <= k_max or dim < 2:
-            raise ValueError(f"accept {accept!r}, k_init {k_init}, k_max {k_max}, dim {dim}: "
-                             "expected 'always' or 'bic', 1 <= k_init <= k_max, dim >= 2")
+        if accept not in ("always", "bic") or not 1 <= k_init <= k_max or dim < 2 or min(max_iter, d_max) < 1:
+            raise ValueError(f"accept {accept!r}, k_init {k_init}, k_max {k_max}, dim {dim}, max_iter {max_iter}, "
+                             f"d_max {d_max}: expected 'always' or 'bic', 1 <= k_init <= k_max, 2 <= dim, the others "
+                             "at least 1")
         self.k_init, self.k_max, self.max_iter, self.lam, self.accept = k_init, k_max, max_iter, lam, accept
         self.d_max, self.spread, self.split_odds, self.tol = min(d_max, dim), spread, split_odds, tol
         self.min_samples, self.min_fraction = min_samples, min_fraction
@@ -294,7 +295,7 @@ class DyGA(nn.Module):
             raise ValueError(f"features of unit {', '.join(map(str, bad))} hold NaN or Inf; has the training diverged?")
 
     def _measure(self, x):
-        """Centre and scale of each unit, without the farthest 0.1% of samples (one at least): outliers set neither."""
+        """Centre and scale of each unit, without the farthest 0.1% of samples (one at least, of ten or more)"""
         N, n, D = x.shape
         distance = (x.double() - x.median(1, keepdim=True).values.double()).square().sum(-1)  # (N, n)
         kept = distance.topk(n - 1 - n // 1000 if n >= 10 else n, dim=1, largest=False).indices  # (N, kept)
@@ -452,8 +453,6 @@ class DyGA(nn.Module):
     def delta(self, c):
         """delta of equation 6 per sample and unit. c: (B, N, D) -> (B, N), from 0 to lambda."""
         return self.align(c, return_delta=True)[1]
-
-    forward = align
 
 
 def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):

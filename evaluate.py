@@ -92,7 +92,7 @@ class Codes:
         silent = None if len(parts) > 10 else True
         for part in tqdm(parts, f"encoding {len(new):,} images", leave=False, disable=silent):
             # The PCA runs on the model's device: 32 times fewer numbers come back from it.
-            c = self.model.units(self.ds.images(torch.from_numpy(part).to(self.ds.device)))  # (B, N, D)
+            c = self.model.units(self.ds.images(torch.from_numpy(part)))  # (B, N, D)
             self.table[part] = project(c, self.pca).cpu().numpy()
             self.known[part] = True
         return self.table[idx]
@@ -246,10 +246,8 @@ def mutual_information(codes, factors, bins=20):
     codes (n, U), factors int64 (n, K) -> (U, K), (K,). Plug-in estimates: unrelated pairs get (bins-1)(values-1)/2n.
     """
     n, U = codes.shape
-    labels = np.empty((n, U), np.int64)  # the bin of every number
-    for u in range(U):
-        # Equal widths between least and largest value. Left edges only, or the largest would get a bin of its own.
-        labels[:, u] = np.digitize(codes[:, u], np.histogram(codes[:, u], bins)[1][:-1]) - 1
+    # Bins of equal widths between least and largest value. Left edges only, or the largest would get one of its own.
+    labels = np.stack([np.digitize(unit, np.histogram(unit, bins)[1][:-1]) - 1 for unit in codes.T], 1)  # (n, U)
     one_hot = np.eye(bins, dtype=np.float32)[labels].reshape(n, U * bins)  # (n, U*bins)
     mi, h = np.zeros((U, factors.shape[1])), np.zeros(factors.shape[1])  # (U, K), (K,)
     for k, y in enumerate(factors.T):
@@ -460,7 +458,7 @@ def fid(model, ds, inception, n, steps, seed=0):
     for name, idx in (("real", order[:n]), ("generated", order[-n:])):
         features = []
         for part in tqdm(idx.split(64), f"FID, {name} images", leave=False, disable=None):
-            images = ds.images(part.to(ds.device))  # (B, 3, 64, 64)
+            images = ds.images(part)  # (B, 3, 64, 64)
             if name == "generated":
                 images = model.sample(model.dyga.align(model.units(images)), model.noise(len(part), draw), steps)
             features.append(inception(images, return_features=True).cpu().double())  # (B, 2048)
@@ -539,7 +537,7 @@ class Probe:
     def __init__(self, model, ds, n, seed):
         self.idx = torch.from_numpy(np.random.default_rng(seed).permutation(len(ds))[:n])  # (n,), without repeats
         parts = tqdm(self.idx.split(BATCH), f"units of {n:,} images", leave=False, disable=None)
-        self.c = torch.cat([model.units(ds.images(part.to(ds.device))).cpu() for part in parts])  # (n, N, D)
+        self.c = torch.cat([model.units(ds.images(part)).cpu() for part in parts])  # (n, N, D)
         bad = (~self.c.isfinite()).any(-1).any(0).nonzero().flatten().tolist()
         if bad:
             raise UserError(f"units {bad} of this checkpoint are NaN or Inf: its training diverged; train it again")
@@ -560,7 +558,7 @@ class Probe:
 
 def aligned(model, ds, idx):
     """Aligned units c~ (B, N, D) of the images idx (B,), on the CPU."""
-    return model.dyga.align(model.units(ds.images(idx.to(ds.device)))).cpu()
+    return model.dyga.align(model.units(ds.images(idx))).cpu()
 
 
 def generate(model, c, noise, steps, desc):
@@ -581,7 +579,7 @@ def figure_interchange(model, ds, probe, source, target, noise, steps):
     swapped = c.repeat(1 + len(probe.best), 1, 1, 1)  # (R, C, N, D), the first row as it is
     for row, units in enumerate(probe.groups.values()):
         swapped[1 + row][:, units] = c_target[:, units]  # only these are the target's
-    inputs = torch.stack([ds.images(idx.to(ds.device)).cpu() for idx in (source, target)])  # (2, C, 3, H, W)
+    inputs = torch.stack([ds.images(idx).cpu() for idx in (source, target)])  # (2, C, 3, H, W)
     made = generate(model, swapped, noise, steps, "interchange")  # (R, C, 3, H, W)
     labels = ["source", "target", "source, generated", *(f"target's {label}" for label in probe.group_labels)]
     title = "Latent interchange: one factor's units from the target"
@@ -599,7 +597,7 @@ def figure_interpolation(model, ds, probe, pair, noise, steps, columns):
     for row, units in enumerate(probe.groups.values()):
         paths[1 + row][:, units] = path[:, units]  # one factor's units move
     made = generate(model, paths, noise, steps, "interpolation")  # (R, T, 3, H, W)
-    A, B = ds.images(pair.to(ds.device)).cpu().expand(len(made), -1, -1, -1, -1).split(1, 1)  # (R, 1, 3, H, W)
+    A, B = ds.images(pair).cpu().expand(len(made), -1, -1, -1, -1).split(1, 1)  # (R, 1, 3, H, W)
     return data.image_grid(torch.cat([A, made, B], 1), ["all units", *probe.group_labels], [
         "A", *(f"t={x:.2f}" for x in t.tolist()), "B"], "Interpolation from A to B: all units, then one factor's", 2)
 
@@ -621,7 +619,7 @@ def figure_attention(model, ds, probe, idx, noise, steps):
     colours = torch.from_numpy(heat((maps - low) / (high - low).clamp(min=1e-12))).movedim(-1, 2)
     grey = made.float().mean(1)[:, None, None]  # (B, 1, 1, H, W)
     overlaid = (0.35 * grey + 0.65 * colours).to(torch.uint8)  # (B, shown, 3, H, W)
-    tiles = torch.cat([ds.images(idx.to(ds.device)).cpu()[:, None], made[:, None], overlaid], 1)
+    tiles = torch.cat([ds.images(idx).cpu()[:, None], made[:, None], overlaid], 1)
     return data.image_grid(tiles, [f"image {i}" for i in idx.tolist()], ["input", "sample", *probe.labels],
                            "Cross-attention per unit (yellow: most), averaged over heads, layers and steps", 2)
 
@@ -795,12 +793,12 @@ def remarks(report):
     said, s, d = [], report["separation"], report["delta"]
     if report["images_seen"] is None:
         said.append("Released weights of the paper's repository or EncDiff's: the file does not say how long they were "
-                    "trained, and there are no anchors in it.")
+                    "trained, and there are no anchors in it. The paper's numbers are of its own method.")
     if report["source"] == "rendered":
         said.append("The images are the rendered twin of Shapes3D, not Shapes3D itself: no score here is a Shapes3D "
                     "score, and the paper's numbers stand beside ours for orientation only.")
     if report["quick"]:
-        said.append("Quick run: smaller sample counts than the paper's; scores at other counts cannot be compared.")
+        said.append("Quick run: most sample counts are smaller than the paper's; scores at other counts differ.")
     said += [note for row in report["scores"].values() for note in row["notes"]]
     if s:
         said.append("Separation before and after alignment, means over active units: purity of anchors by labels "
@@ -864,7 +862,7 @@ def player(moved, idx, units):
 
 def page(report, config, out, interactive):
     """index.html as text. The figures are read from out."""
-    figures = "".join(f'<figure><h2>{title}</h2><figcaption>{sentence}</figcaption><div class="wide" tabindex="0">'
+    figures = "".join(f'<h2>{title}</h2><figure><figcaption>{sentence}</figcaption><div class="wide" tabindex="0">'
                       f'<img alt="{title}" src="{inline(out / f"{name}.png")}"></div></figure>'
                       for name, (title, sentence) in FIGURES.items() if name in report["figures"])
     about = [(key, report[key]) for key in ("checkpoint", "images", "images_seen", "minutes", "pca_images")
@@ -927,10 +925,10 @@ class EncDiffExtractor(torch.nn.Module):
             *halve(3), relu, *halve(width), relu, *halve(width), *halve(width), relu, EncDiffBlock(width),
             torch.nn.BatchNorm2d(width), relu, EncDiffBlock(width), torch.nn.Flatten(),
             torch.nn.Linear(16 * width, n_units))  # 64 pixels, halved four times: 4 x 4
-        self.net = torch.nn.ModuleList()
-        for _ in range(n_units):
-            layers = [torch.nn.Linear(a, b) for a, b in zip(unit_widths[:-1], unit_widths[1:])]
-            self.net.append(torch.nn.Sequential(layers[0], torch.nn.ELU(), layers[1], torch.nn.ELU(), layers[2]))
+        a, b, c, d = unit_widths
+        self.net = torch.nn.ModuleList(torch.nn.Sequential(
+            torch.nn.Linear(a, b), torch.nn.ELU(), torch.nn.Linear(b, c), torch.nn.ELU(), torch.nn.Linear(c, d))
+            for _ in range(n_units))
 
     def forward(self, x):
         s = self.encoder(x)  # (B, N)
@@ -1020,14 +1018,14 @@ def load_released(path, dataset, device="cpu"):
     cfg = {name: default for name, (default, _) in train.all_settings().items()} | {"anchors": "none"}
     try:
         encdiff = f"{UNITS}net.0.0.bias" in weights
-        encoder, fc = f"{UNITS}image_encoder.encoder", f"{UNITS}image_encoder.fc"
         mlp = f"{UNITS}net.0" if encdiff else f"{UNITS}mlps.0.layers"
         *cfg["extractor.unit_hidden"], cfg["extractor.unit_dim"] = sizes(*(f"{mlp}.{i}.bias" for i in (0, 2, 4)))
         if encdiff:
             width, cfg["extractor.n_units"] = sizes(f"{UNITS}encoder.0.bias", f"{UNITS}encoder.16.bias")
         else:
-            cfg["extractor.channels"] = sizes(*(f"{encoder}.{i}.bias" for i in (0, 3, 6, 9, 12)))
-            *cfg["extractor.hidden"], cfg["extractor.n_units"] = sizes(*(f"{fc}.{i}.bias" for i in (0, 2, 4)))
+            encoder = f"{UNITS}image_encoder"
+            cfg["extractor.channels"] = sizes(*(f"{encoder}.encoder.{i}.bias" for i in (0, 3, 6, 9, 12)))
+            *cfg["extractor.hidden"], cfg["extractor.n_units"] = sizes(*(f"{encoder}.fc.{i}.bias" for i in (0, 2, 4)))
         cfg["vqgan.channels"], cfg["vqgan.z_channels"], cfg["vqgan.codebook_size"], cfg["unet.base"] = sizes(
             f"{STAGE1}encoder.conv_in.bias", f"{STAGE1}quant_conv.bias", f"{STAGE1}quantize.embedding.weight",
             f"{UNET}input_blocks.0.0.bias")
@@ -1060,15 +1058,14 @@ def load_released(path, dataset, device="cpu"):
     for module in model.vqgan.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = 32  # theirs at every width; ours has fewer, wider groups
-    ckpt = {"config": cfg, "dataset": {"name": dataset, "source": "auto"}, "images_seen": None, "minutes": None}
+    # How it was trained, the file does not say.
+    kept = ["n_units", "unit_dim", "unit_hidden"] + ["channels", "hidden", "unit_relu"] * (not encdiff)
+    config = {name: value for name, value in cfg.items() if name == "ddim_steps" or "dropout" not in name and
+              (name.startswith(("vqgan.", "unet.")) or name in [f"extractor.{word}" for word in kept])}
+    ckpt = {"config": config, "dataset": {"name": dataset, "source": "auto"}, "images_seen": None, "minutes": None}
     return model.to(device).eval(), ckpt
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
-
-
-def names(words):
-    """A flag's comma-separated words as a list."""
-    return words.split(",")
 
 
 def indices(words):
@@ -1086,30 +1083,35 @@ def build_parser():
     p.add_argument("--out", help="folder for everything written (default: eval, beside the checkpoint)")
     p.add_argument("--quick", action="store_true",
                    help="smaller sample counts (scores at other counts cannot be compared), fewer pictures, no gbt")
-    p.add_argument("--only", type=names, metavar="A,B", help=f"some of {', '.join(METRICS)}, figures (celeba: tad)")
+    p.add_argument("--only", type=lambda words: words.split(","), metavar="A,B",
+                   help=f"some of {', '.join(METRICS)}, figures (celeba: tad); the report then holds nothing else")
     p.add_argument("--fid", type=int, default=0, metavar="N", help="FID of N generated images as well; needs a file")
     p.add_argument("--seed", type=int, default=0, help="seed of all samples and of the figures' noise")
-    p.add_argument("--seeds", type=int, default=1, metavar="K", help="repeat with K seeds: mean, standard deviation")
+    p.add_argument("--seeds", type=int, default=1, metavar="K", help="repeat all but tad with K seeds: mean, deviation")
     p.add_argument("--images", type=indices, default=[], metavar="I,J", help="images of the figures (default: random)")
     p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return p
 
 
-def chosen_parts(args, ds):
-    """Metrics to run, and "figures". UserError for what is unknown or does not apply to the dataset."""
+def chosen_parts(args, ds, n_units):
+    """Metrics to run, and "figures". UserError for what is unknown or does not apply to the dataset or the model."""
     apply = ["tad"] if ds.name == "celeba" else list(METRICS)
     wrong = set(args.only or []) - {*apply, "figures"}
     if wrong:
         why = " (it is no grid of factors, which other metrics need)" if ds.name == "celeba" else ""
         raise UserError(f"--only {','.join(sorted(wrong))}: for {ds.name} choose from {', '.join(apply)}, figures{why}")
-    if args.seeds < 1 or args.seed < 0:
-        raise UserError(f"--seed {args.seed}, --seeds {args.seeds}: expected at least 0 and 1")
+    if args.seeds < 1 or args.seed < 0 or args.seed + args.seeds > 2**32:  # numpy takes no larger one
+        raise UserError(f"--seed {args.seed}, --seeds {args.seeds}: expected at least 0 and 1, together at most 2^32")
     if args.fid and not 2 <= args.fid <= len(ds):
         raise UserError(f"--fid {args.fid}: expected 2 to {len(ds):,}, the images of {ds.name}; best 2,048 and more")
     if any(not 0 <= i < len(ds) for i in args.images):
         raise UserError(f"--images {args.images}: {ds.name} has images 0 to {len(ds) - 1}")
-    return args.only or [name for name in apply if not (args.quick and name == "gbt")] + ["figures"]
+    parts = args.only or [name for name in apply if not (args.quick and name == "gbt")] + ["figures"]
+    compare = [name for name in parts if name in ("dci", "mig", "sap", "tad")]
+    if n_units == 1 and compare:
+        raise UserError(f"the model has 1 unit, and {', '.join(compare)} compare units; name others with --only")
+    return parts
 
 
 def draw_figures(model, ds, probe, args, steps, log, out):
@@ -1120,7 +1122,7 @@ def draw_figures(model, ds, probe, args, steps, log, out):
     idx, named = torch.cat([torch.tensor(args.images, dtype=torch.int64), probe.idx]), len(args.images)
     width = max(6 if quick else 8, named)  # of the interchange, in images
     made = {
-        "samples": data.image_grid(ds.images(probe.idx[:48].to(ds.device)).unflatten(0, (4, 12)),
+        "samples": data.image_grid(ds.images(probe.idx[:48]).unflatten(0, (4, 12)),
                                    title=f"{ds.name}, {ds.source} images: a random sample"),
         "matrix": figure_matrix(probe),
         # Each source has the next image as its target.
@@ -1135,9 +1137,10 @@ def draw_figures(model, ds, probe, args, steps, log, out):
     shown, units = idx[:max(2 if quick else 4, named)], np.argsort(-probe.nmi.max(0))[:4 if quick else 12].tolist()
     labels = [f"unit {u} ({probe.names[probe.nmi[:, u].argmax()]}, NMI {probe.nmi[:, u].max():.2f})" for u in units]
     moved = traversal(model, ds, probe, shown, noise, steps, units, stops=5 if quick else 9)
-    if log.is_file():
+    has_log = log.is_file() and not args.released  # beside a released file it would be another model's
+    if has_log:
         train.loss_picture(log, out / "loss.png")
-    return [*made] + ["loss"] * log.is_file(), player(moved, shown.tolist(), labels)
+    return [*made] + ["loss"] * has_log, player(moved, shown.tolist(), labels)
 
 
 def main():
@@ -1156,18 +1159,19 @@ def main():
         model, ckpt = train.load_checkpoint(checkpoint, device)
         trained = f"{ckpt['images_seen']:,} images in {ckpt['minutes']:.1f} minutes"
     ds = data.load(ckpt["dataset"]["name"], args.data_dir, ckpt["dataset"]["source"], device)
-    parts = chosen_parts(args, ds)  # metrics and "figures"
+    parts = chosen_parts(args, ds, ckpt["config"]["extractor.n_units"])  # metrics and "figures"
     inception = load_inception(args.data_dir, device) if args.fid else None
 
     images = f"{ds.name}, rendered twin" if ds.source == "rendered" else f"{ds.name}, {ds.source}"
     print(f"{checkpoint}: {trained}; {images}", flush=True)
     # Paper: its released evaluation fits the PCA on all images; mean and direction of 32 numbers need far fewer.
     probe = Probe(model, ds, 10_000 if ds.name == "celeba" else 4_000 if args.quick else 20_000, args.seed)
+    out.mkdir(parents=True, exist_ok=True)  # before the long part: if it cannot be made, say so now
     steps = min(ckpt["config"]["ddim_steps"], 20 if args.quick else math.inf)
     report = {"checkpoint": str(checkpoint), "dataset": ds.name, "source": ds.source, "images": images,
               "images_seen": ckpt["images_seen"], "minutes": ckpt["minutes"] and round(ckpt["minutes"], 2),
-              "seed": args.seed,
-              "quick": args.quick, "pca_images": len(probe.idx), "ddim_steps": steps, "scores": {}, "figures": [],
+              "seed": args.seed, "quick": args.quick, "pca_images": len(probe.idx), "ddim_steps": steps,
+              "scores": {}, "figures": [],
               # The value of a unit's best factor is what its anchors should separate.
               "separation": separation(model.dyga, probe.c, probe.factors[:, probe.nmi.argmax(0)], probe.active),
               "delta": mean_deltas(model.dyga, probe.c), "nmi": probe.nmi.round(4).tolist()}
@@ -1186,18 +1190,21 @@ def main():
                                        {"images": len(probe.idx)})
     if inception:
         report["scores"] |= score_rows("fid", lambda seed: fid(model, ds, inception, args.fid, steps, seed),
-                                       range(args.seed, args.seed + args.seeds), {"images": args.fid})
-    out.mkdir(parents=True, exist_ok=True)
-    if "figures" in parts:
-        log = checkpoint.parent / "log.jsonl"
-        report["figures"], interactive = draw_figures(model, ds, probe, args, steps, log, out)
-    with data.replacing(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    with data.replacing(out / "index.html") as temporary:
-        temporary.write_text(page(report, ckpt["config"], out, interactive), encoding="utf-8")
+                                       range(args.seed, args.seed + args.seeds),
+                                       {"images": args.fid, "DDIM steps": steps})
+
+    def write(name, text):
+        with data.replacing(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    write("metrics.json", json.dumps(report, indent=1))  # the scores are safe, whatever becomes of the pictures
     rows = table(report)
     widths = [max(map(len, column)) for column in zip(*rows)]  # of each column
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows))
+    if "figures" in parts:
+        log = checkpoint.parent / "log.jsonl"
+        report["figures"], interactive = draw_figures(model, ds, probe, args, steps, log, out)
+        write("metrics.json", json.dumps(report, indent=1))
+    write("index.html", page(report, ckpt["config"], out, interactive))
     print(*remarks(report), f"wrote {out / 'index.html'} (open it in a browser), metrics.json and "
           f"{len(report['figures'])} figures", sep="\n")
 

@@ -160,9 +160,12 @@ def settings(args):
         cfg |= PER_DATASET.get(args.dataset, {})
     cfg |= {name: value for name, value in vars(args).items() if name in cfg and value is not None}  # flags
     cfg |= {"preset": preset, "seed": args.seed or 0, "minutes": args.minutes, "stage1_from": args.stage1_from}
-    for name in ("stage1_images", "stage1_batch", "images", "batch", "ema_half_life", "fit_every", "ddim_steps"):
-        if cfg[name] <= 0:
+    for name in ("stage1_images", "stage1_batch", "stage1.restart_images", "images", "batch", "ema_half_life",
+                 "fit_images", "fit_every", "ddim_steps", "minutes"):
+        if cfg[name] is not None and cfg[name] <= 0:
             raise UserError(f"--{name} is {cfg[name]}; expected more than 0")
+    if cfg["clip"] < 0 or not 0 <= cfg["seed"] < 2**32:
+        raise UserError(f"--clip {cfg['clip']}, --seed {cfg['seed']}: expected 0 or more, and a seed below 2^32")
     return cfg
 
 
@@ -201,15 +204,13 @@ class Model(torch.nn.Module):
         self.unet = UNet(channels=cfg["vqgan.z_channels"], context_dim=cfg["extractor.unit_dim"], **part(cfg, "unet"))
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
-    def loss(self, images, z0):
+    def forward(self, images, z0):
         """Images uint8 (B, 3, H, W), their latents z0 (B, Z, h, w) -> loss of equation 2, mean delta of equation 6."""
         c = self.extractor(to_float(images))  # (B, N, D)
         # c~ (B, N, D) and delta (B, N). Before the first fit c~ is c.
         aligned, delta = self.dyga.align(c, return_delta=True)
         loss = diffusion_loss(self.unet, z0, aligned, self.alpha_bar, self.cfg["loss"], self.cfg["t_sampling"])
         return loss, delta.detach().mean()
-
-    forward = loss  # what DistributedDataParallel calls
 
     @torch.no_grad()
     def units(self, images):
@@ -268,7 +269,7 @@ def load_checkpoint(path, device="cpu"):
 
 def loss_picture(log_path, path):
     """Figure 7: draw stage 2's loss from log.jsonl over images seen, as PNG; one point at 0 if there is none yet."""
-    rows = [json.loads(line) for line in log_path.read_text().splitlines()]
+    rows = [json.loads(line) for line in log_path.read_text().splitlines() if line[-1:] == "}"]  # the last may be torn
     curve = [(row["images"], row["loss"]) for row in rows if "loss" in row] or [(0, 0.0)]
     (x0, x1), (y0, y1) = ((min(axis), max(axis)) for axis in zip(*curve))
     image, font = Image.new("RGB", (720, 420), "white"), ImageFont.load_default(size=13)
@@ -308,7 +309,8 @@ class WholeBatch(TorchFunctionMode):
     """Within it, a network that sees one process's rows of a batch computes as if it saw all rows.
 
     Random numbers are drawn for the whole batch, of which each process keeps its own rows: noise, times and dropout are
-    those of one process, and the generators of all processes stay equal, so the one in the checkpoint is everybody's.
+    those of one process (tested on CPUs), and the generators of all processes stay equal, so that the one in the
+    checkpoint is everybody's.
     BatchNorm (the extractor's) takes its statistics over all processes, or their number would change what is learnt;
     torch's own SyncBatchNorm does so too, but on GPUs only. The mode catches the calls, so the networks need not know.
     """
@@ -364,34 +366,37 @@ class Run:
     """One training run: the images, the model, and where in the course it is. Its methods are the two stages."""
 
     def __init__(self, args, cfg, ckpt=None):
-        self.cfg, self.out, self.device, self.clock = cfg, Path(args.out), args.device, time.perf_counter()
+        self.cfg, self.out, self.device = cfg, Path(args.out), args.device
         self.log_path, self.ckpt_path = self.out / "log.jsonl", self.out / "ckpt.pt"
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if cfg["batch"] % self.world:
             raise UserError(f"--batch {cfg['batch']} cannot be split over {self.world} processes; choose a multiple")
         self.data = data.load(args.dataset, args.data_dir, args.source, self.device)  # may raise UserError
+        self.clock = time.perf_counter()  # after an official file's conversion, which may take long, but only once
         torch.manual_seed(cfg["seed"])  # initial weights, noise, times and dropout all come from here
         identity = {"name": self.data.name, "source": self.data.source}
         other = read_checkpoint(args.stage1_from) if args.stage1_from and not ckpt else ckpt
         if other and other.get("dataset") != identity:
             raise UserError(f"the checkpoint's images are {other.get('dataset')}, found {identity}; give its --source")
+        if other is not ckpt and other.get("stage") != 2:
+            raise UserError(f"{args.stage1_from}: its stage 1 has not ended; finish that run first, with --resume")
         try:
             self.model = Model(cfg).to(self.device).eval()
             if args.stage1_from and not ckpt:
                 self.model.vqgan.load_state_dict(part(other["model"], "vqgan"))
+            optimizer = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg["optimizer"]]
+            # Losses and optimisers of the VQ-GAN.
+            self.stage1 = Stage1(self.model.vqgan, **part(cfg, "stage1"), optimizer=optimizer)
+            # fused: the whole update in one kernel, where a loop over tensors would start hundreds.
+            # Weight decay 0.01: torch's and LDM's default; the paper names none.
+            self.opt = optimizer([*self.model.extractor.parameters(), *self.model.unet.parameters()], cfg["lr"],
+                                 weight_decay=0.01, fused=True)
             # One black image through everything: what does not fit together must fail now, not after stage 1.
             black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)
             self.model.sample(self.model.units(black), self.model.vqgan.encode(black), steps=1)
         except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             raise UserError(f"these settings do not fit together: {error}") from error
-        optimizer = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg["optimizer"]]
-        # Losses and optimisers of the VQ-GAN.
-        self.stage1 = Stage1(self.model.vqgan, **part(cfg, "stage1"), optimizer=optimizer)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)  # the EMA, with anchors of its own
-        # fused: the whole update in one kernel, where a loop over tensors would start hundreds.
-        # Weight decay 0.01: torch's and LDM's default; the paper names none.
-        self.opt = optimizer([*self.model.extractor.parameters(), *self.model.unet.parameters()], cfg["lr"],
-                             weight_decay=0.01, fused=True)
         # Per stage: images in a step, in all, seen so far, and minutes spent.
         self.batch, self.total = {1: cfg["stage1_batch"], 2: cfg["batch"]}, {1: cfg["stage1_images"], 2: cfg["images"]}
         self.seen, self.minutes, self.stage, self.stopped_by = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}, 1, None
@@ -505,17 +510,18 @@ class Run:
             turn, place = divmod(self.seen[stage] // batch, per_pass)  # which pass, which batch of it
             if turn != last:
                 draw = torch.Generator().manual_seed(self.cfg["seed"] * 1_000_003 + 10 * turn + stage)
-                order, last = torch.randperm(len(self.data), generator=draw), turn
+                # On the images' device, once: a GPU would have to be waited for if each batch were sent on its own.
+                order, last = torch.randperm(len(self.data), generator=draw).to(self.device), turn
             yield order[place * batch:(place + 1) * batch]  # (B,)
 
     def course(self, stage):
         """Yield (indices, progress in [0, 1)) until the stage is over, and do all that goes by the clock: bar,
         minutes, checkpoints, pictures, signals. Progress counts images, or with --minutes the time."""
         total = self.total[stage]
-        budget = self.cfg["minutes"] if self.seen[stage] < total else None  # a borrowed stage 1 has nothing left to do
+        # A borrowed stage 1 has nothing left to do.
+        budget = None if stage == 1 and self.cfg["stage1_from"] else self.cfg["minutes"]
         if budget:  # 4% stay free for the last fit and pictures
-            share = STAGE1_SHARE if stage == 1 or self.seen[1] else 0.0
-            budget = budget * share if stage == 1 else 0.96 * budget - self.minutes[1]
+            budget = STAGE1_SHARE * budget if stage == 1 else max(1e-9, 0.96 * budget - self.minutes[1])
         self.bar = tqdm(total=None if budget else total, initial=self.seen[stage], unit=" images", smoothing=0.05,
                         desc=f"stage {stage}", dynamic_ncols=True, disable=self.rank > 0)
         saved = time.perf_counter()
@@ -558,7 +564,7 @@ class Run:
         net = torch.nn.parallel.DistributedDataParallel(model) if many else model
         # On a GPU all latents are computed once and stay there. A CPU run sees most images once or twice: no gain.
         if on_gpu:
-            parts = tqdm(torch.arange(len(self.data)).split(500), desc="encoding all images")
+            parts = tqdm(torch.arange(len(self.data)).split(500), desc="encoding all images", disable=self.rank > 0)
             latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, Z, h, w)
         model.extractor.train()
         model.unet.train()
@@ -569,7 +575,7 @@ class Run:
             self.opt.param_groups[0]["lr"] = cfg["lr"] * warm * fall
             own = idx.chunk(self.world)[self.rank]  # (B/world,) the rows of this process
             images = self.data.images(own)  # x0, uint8 (B/world, 3, 64, 64)
-            z0 = latents[own.to(self.device)].float() if on_gpu else model.vqgan.encode(images)
+            z0 = latents[own].float() if on_gpu else model.vqgan.encode(images)
             with (torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu),  # a CPU gains nothing from it
                   WholeBatch() if many else contextlib.nullcontext()):
                 loss, delta = net(images, z0)
@@ -614,13 +620,14 @@ class Run:
             model.dyga.load_state_dict(trial.state_dict())
         self.log(2, seen, of="average" if model is self.average else "training", fit_s=time.perf_counter() - started,
                  anchors=model.dyga.mask.sum(1).tolist(), failed_fits=self.failed_fits,
+                 converged=sum(trial.report.get("converged", [])),  # units whose last EM run did, of N
                  fit_mean_delta=model.dyga.delta(units).mean().item() if model.dyga.live.any() else 0.0)
 
     def pictures(self):
         """Write samples.png and loss.png."""
         images, model, labels = self.data.images(self.fit_idx[:10]), self.average, ["input", "stage 1", "sample"]
         # The average's stage 1 is a copy from the start of stage 2; until then look at the one in training.
-        rows = [images, (model if self.stage == 2 else copy.deepcopy(self.model).eval()).vqgan.reconstruct(images)]
+        rows = [images, (model if self.stage == 2 else self.model.eval()).vqgan.reconstruct(images)]
         if self.stage == 2:
             noise = model.noise(len(images), torch.Generator().manual_seed(0))  # the same in every picture of this run
             rows.append(model.sample(model.dyga.align(model.units(images)), noise, min(50, self.cfg["ddim_steps"])))
@@ -636,8 +643,8 @@ def pick_device(text):
     if text == "cuda" and dist.is_torchelastic_launched():
         text = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process of torchrun
     try:
-        return torch.zeros(1, device=text).device
-    except (RuntimeError, AssertionError) as error:
+        return torch.zeros(1, dtype=torch.float64, device=text).device  # DyGA.fit needs float64; Apple's MPS has none
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {text}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
 
 
@@ -666,6 +673,7 @@ def main():
         with open(run.log_path, "ab") as f:
             f.truncate(min(run.log_bytes, f.tell()))
     why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
+    why = "the checkpoint's" if ckpt else why
     kind = "bfloat16 in stage 2" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
     duration = {"laptop": "about 25 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
     duration = f"{cfg['minutes']:g} minutes as asked (not reproducible to the bit)" if cfg["minutes"] else duration

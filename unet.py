@@ -215,6 +215,8 @@ class UNet(nn.Module):
         super().__init__()
         if skip_dropout_where not in ("released", "text"):
             raise ValueError(f"skip_dropout_where is {skip_dropout_where!r}; it must be 'released' or 'text'")
+        if not 0 <= min(skip_dropout, backbone_dropout) <= max(skip_dropout, backbone_dropout) < 1:
+            raise ValueError(f"skip_dropout {skip_dropout}, backbone_dropout {backbone_dropout}: must be in [0, 1)")
         self.base, self.attention_at = base, tuple(attention_at)
         self.skip_dropout, self.backbone_dropout = skip_dropout, backbone_dropout
         self.skip_dropout_where = skip_dropout_where
@@ -328,10 +330,11 @@ class Muon(torch.optim.AdamW):
 
     Muon averages gradients, as momentum does, then makes the average orthogonal: every direction in which a layer can
     learn gets a step of the same size, while AdamW's steps follow the few directions of large gradients. Small but
-    telling ones, such as those of an object's shape beside the hues', are learnt early that way. A convolution
-    (out, in, k, k) is a matrix (out, in*k*k); UnitLinear's (N, in, out) are N matrices. Steps are scaled to the usual
-    size of AdamW's (Liu et al. 2025), so that one `lr` serves both. A group of parameters with orthogonalise=False
-    is AdamW's too. Weight decay is for AdamW's parameters only: a step of Muon has a size of its own.
+    telling ones, such as those of an object's shape beside the hues', are learnt early that way. A convolution (out,
+    in, k, k) is a matrix (out, in*k*k); UnitLinear's (N, in, out) are N matrices, and so are its biases. Steps are
+    scaled to the usual size of AdamW's (Liu et al. 2025), so that one `lr` serves both. A group of parameters with
+    orthogonalise=False is AdamW's too. Weight decay is for AdamW's parameters only: a step of Muon has a size of its
+    own.
 
     Paper: does not name its optimiser; the code that it builds on has AdamW, and so has the paper preset here.
     """

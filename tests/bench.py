@@ -131,7 +131,7 @@ def stepper(model, batch, fast):
     model.train()
 
     def step():
-        loss, _ = model.loss(images, z0)
+        loss, _ = model(images, z0)
         opt.zero_grad(set_to_none=fast)
         loss.backward()
         opt.step()
@@ -156,7 +156,7 @@ def bench_step():
     z0 = model.vqgan.encode(images)
 
     def step():
-        loss, _ = model.loss(ds.images(idx), model.vqgan.encode(images))
+        loss, _ = model(ds.images(idx), model.vqgan.encode(images))
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -164,7 +164,7 @@ def bench_step():
     whole = median_seconds(step)
     yield f"step, laptop, batch {batch}", f"{batch / whole:.0f} images/s", ""
     for name, f in (("data", lambda: ds.images(idx)), ("stage-1 encoder", lambda: model.vqgan.encode(images)),
-                    ("forward", lambda: model.loss(images, z0)), ("optimiser", opt.step)):
+                    ("forward", lambda: model(images, z0)), ("optimiser", opt.step)):
         seconds = median_seconds(f)
         yield f"  {name}", f"{seconds * 1e3:.1f} ms", f"{seconds / whole:.0%} of the step"
     for name, batch in (("laptop", 64), ("paper", 8)):

@@ -186,7 +186,8 @@ def test_wide_clusters_are_split_without_the_random_splits_and_narrow_ones_are_n
 
 def test_never_more_than_k_max_anchors():
     model, _, _ = fitted((12, 0), k_init=4, k_max=6)
-    assert model.mask.shape == (2, 6) and model.mask.sum(1).max() <= 6
+    assert model.mask.sum(1).tolist() == [6, 6]  # both units would take more
+    assert torch.allclose((model.log_pi.exp() * model.mask).sum(1), torch.ones(2))
 
 
 def test_spread_is_the_mean_distance_to_the_clusters_own_mean():
@@ -262,12 +263,10 @@ def test_one_outlier_does_not_hide_the_levels():
     assert model.mask.sum() == 3 and purity(owner.numpy(), level[:, 0].numpy()) > 0.99
 
 
-def test_100_000_samples_fit_in_bounded_memory():
+def test_100_000_samples_fit():
     c, _ = toy_units([3, 0], 100_000, generator(), dim=8)
     model = DyGA(2, dim=8, k_init=4, k_max=8, max_iter=5).fit(c)
     assert model.mask.sum(1).min() >= 3
-    # A pass looks at this many samples of all units at once, however many there are.
-    assert max(s.stop - s.start for s in dyga.chunks(c.transpose(0, 1), 8)) * 2 <= 2**15
 
 
 def test_nan_inf_and_wrong_shapes_raise_an_error_that_names_the_unit():
@@ -280,8 +279,9 @@ def test_nan_inf_and_wrong_shapes_raise_an_error_that_names_the_unit():
     for wrong in (c[:, :2], c[..., :5], c[0], c[:0], c.long()):
         with pytest.raises(ValueError, match="expected floats of shape"):
             model.fit(wrong)
-    for options in (dict(accept="aic"), dict(k_init=0), dict(k_init=9, k_max=8), dict(dim=1)):
-        with pytest.raises(ValueError, match="expected 'always' or 'bic', 1 <= k_init <= k_max, dim >= 2"):
+    for options in (dict(accept="aic"), dict(k_init=0), dict(k_init=9, k_max=8), dict(dim=1), dict(max_iter=0),
+                    dict(d_max=0)):
+        with pytest.raises(ValueError, match="expected 'always' or 'bic', 1 <= k_init <= k_max, 2 <= dim, the others"):
             DyGA(3, **options)
 
 
@@ -361,11 +361,11 @@ def test_aligned_samples_are_nearer_to_their_anchor():
 
 
 def test_the_gradient_of_align_is_that_of_equation_6_with_a_constant_anchor():
-    model, c, _ = fitted((3, 5), n=500)
+    model, c, _ = fitted((3, 5), n=500, lam=20.0)  # large, so that the gradient through delta counts
     c = c[:4].clone().requires_grad_()
     weight = torch.randn(c.shape, generator=generator())
     (model.align(c) * weight).sum().backward()
-    numeric, step = torch.zeros_like(c), 1e-3
+    step = 1e-3
     for index in [(0, 0, 3), (1, 1, 7), (2, 0, 20), (3, 1, 31)]:
         up, down = c.detach().clone(), c.detach().clone()
         up[index] += step

@@ -511,7 +511,13 @@ def test_a_missing_checkpoint_and_an_out_that_is_a_file_are_one_line(checkpoint,
 def test_grid_metrics_are_refused_for_celeba_in_one_sentence():
     celeba = SimpleNamespace(name="celeba", __len__=lambda: 9)
     with pytest.raises(data.UserError, match="dci: for celeba choose from tad, figures"):
-        evaluate.chosen_parts(SimpleNamespace(only=["dci"], images=[], seed=0, seeds=1, fid=0), celeba)
+        evaluate.chosen_parts(SimpleNamespace(only=["dci"], images=[], seed=0, seeds=1, fid=0), celeba, 20)
+
+
+def test_metrics_that_compare_units_are_refused_for_a_model_of_one():
+    args = SimpleNamespace(only=["factorvae", "mig"], quick=True, images=[], seed=0, seeds=1, fid=0)
+    with pytest.raises(data.UserError, match="the model has 1 unit, and mig compare units"):
+        evaluate.chosen_parts(args, data.load("shapes3d", source="rendered"), 1)
 
 
 def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import resource
-import select
 import shutil
 import subprocess
 import sys
@@ -246,12 +245,12 @@ def no_face(folder):
     ("cars3d", wrong("cars3d", axes=(0, 1, 3, 4, 2)), "128, 128, 4, 4, 3"),
     ("cars3d", wrong("cars3d", dtype=np.float64), "float64"),
     ("cars3d", wrong("cars3d", cars=3), "cars: found 3, expected 4"),
-    ("mpi3d_toy", cut("mpi3d_toy"), "zip"),
+    ("mpi3d_toy", cut("mpi3d_toy"), "BadZipFile"),
     ("mpi3d_toy", wrong("mpi3d_toy", images="pictures"), "images.npy"),
     ("mpi3d_toy", wrong("mpi3d_toy", shape=(32, 32)), "128, 32, 32, 3"),
     ("mpi3d_toy", wrong("mpi3d_toy", dtype=np.int64), "int64"),
     ("mpi3d_toy", wrong("mpi3d_toy", n=127), "127, 64, 64, 3"),
-    ("celeba", cut("celeba"), "zip"),
+    ("celeba", cut("celeba"), "BadZipFile"),
     ("celeba", no_face, "000002.jpg"),
     ("celeba", wrong("celeba", size=(64, 64)), r"jpg: size: found \(64, 64\)"),
     ("celeba", wrong("celeba", n=63), "found 63, expected 64"),
@@ -348,19 +347,15 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(folder, small, m
         time.sleep(600)
 
     read = facts["read"]
-    alive, held = os.pipe()                             # `held` is closed once the last process that inherits it ends
     with monkeypatch.context() as patch:
         patch.setitem(data.DATASETS, name, facts | dict(read=stalls))
         process = multiprocessing.get_context("fork").Process(target=data.load, args=(name, folder, "official"))
         process.start()
-        os.close(held)
         while not (folder.parent / "halfway").exists():
             assert process.is_alive()
             time.sleep(0.01)
         process.kill()
         process.join()
-    assert select.select([alive], [], [], 30)[0]        # CelebA's helpers end as well
-    os.close(alive)
     (left,) = folder.glob(".*")                         # hidden, so nobody takes it for the converted file
     assert left.name == f".{process.pid}-{name}-64x64.npy" and not (folder / f"{name}-64x64.npy").exists()
     assert len(data.load(name, folder, "official")) == math.prod(SIZES[name])
