@@ -813,7 +813,8 @@ def remarks(report):
 # Everything is inside the page, so that it opens from disk, offline; $name is filled in.
 PAGE = string.Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 0 auto; padding: 12px; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1400px; margin: 0 auto; padding: 12px; color: #222 }
+p, figcaption { max-width: 80ch }
 table { border-collapse: collapse } td, th { padding: 4px 10px; border-bottom: 1px solid #ddd; text-align: left }
 .wide { overflow-x: auto; white-space: nowrap } figure { margin: 0 } h2 { margin-top: 36px } figcaption { color: #555 }
 .note { background: #fff6df; padding: 8px 12px; border-left: 4px solid #d9a400 } label { display: block; margin: 8px 0 }
@@ -1090,7 +1091,7 @@ def build_parser():
     p.add_argument("--seeds", type=int, default=1, metavar="K", help="repeat all but tad with K seeds: mean, deviation")
     p.add_argument("--images", type=indices, default=[], metavar="I,J", help="images of the figures (default: random)")
     p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     return p
 
 
