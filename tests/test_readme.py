@@ -61,3 +61,14 @@ def test_scores_of_the_numbers_table_are_those_of_the_recorded_runs():
         table.append(scores)
     (mean,) = re.findall(r"\| mean of the three \| rendered twin \|(.*?)\| \| \|", README)
     assert [float(cell) for cell in mean.split("|")] == [round(sum(column) / 3, 3) for column in zip(*table)]
+
+
+def test_scores_of_the_ablation_table_are_those_of_the_recorded_runs():
+    rows = re.findall(r"\| `(neither|dyga|sd|both|fsq|sd01|sd03|bd01)` \|(.*)\|(.*)\|(.*)\|", README)
+    assert len(rows) == 8
+    for name, *cells in rows:
+        runs = sorted(ROOT.glob(f"assets/results/ablation/{name}-*/metrics.json"))
+        scores = [json.loads(run.read_text())["scores"] for run in runs]
+        vae, dci = ([score[key]["value"] for score in scores] for key in ("factorvae", "dci_disentanglement"))
+        for cell, values in zip(cells, (vae, dci, [sum(dci) / len(dci)])):
+            assert [float(number) for number in cell.split(",")] == [round(value, 3) for value in values], name
