@@ -798,7 +798,7 @@ def remarks(report):
         said.append("The images are the rendered twin of Shapes3D, not Shapes3D itself: no score here is a Shapes3D "
                     "score, and the paper's numbers stand beside ours for orientation only.")
     if report["quick"]:
-        said.append("Quick run: most sample counts are smaller than the paper's; scores at other counts differ.")
+        said.append("Quick run: most counts are smaller than the paper's; scores at other counts cannot be compared.")
     said += [note for row in report["scores"].values() for note in row["notes"]]
     if s:
         said.append("Separation before and after alignment, means over active units: purity of anchors by labels "
