@@ -295,7 +295,8 @@ class DyGA(nn.Module):
             raise ValueError(f"features of unit {', '.join(map(str, bad))} hold NaN or Inf; has the training diverged?")
 
     def _measure(self, x):
-        """Centre and scale of each unit, without the farthest 0.1% of samples (one at least, of ten or more)"""
+        """Centre and scale of each unit. Outliers set neither: the farthest 0.1% of samples (of ten or more, one at
+        least) are left out."""
         N, n, D = x.shape
         distance = (x.double() - x.median(1, keepdim=True).values.double()).square().sum(-1)  # (N, n)
         kept = distance.topk(n - 1 - n // 1000 if n >= 10 else n, dim=1, largest=False).indices  # (N, kept)
