@@ -58,6 +58,8 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "stage1_images": (2_000_000, "images that stage 1 sees (not in the paper)"),
     "stage1_batch": (64, "images per step of stage 1 (not in the paper)"),
     "images": (10_000_000, "images that stage 2 sees (not in the paper)"),
+    "pool_images": (0, "different images among these, a random sample of the dataset; 0 is all of it. Their latents "
+                    "are computed once and kept"),
     "batch": (512, "images per step of stage 2"),
     "lr": (1e-4, "learning rate of stage 2"),
     "optimizer": ("adamw", "of both stages: adamw, as in the code that the paper builds on; or muon"),
@@ -69,7 +71,7 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "ema_half_life": (3_550_000, "images after which a weight's part in the average has halved (0.9999 a step)"),
     "anchors": ("dyga", "dyga; fsq, Table 11's rival; or none. The paper's baseline EncDiff is none and "
                 "--unet.skip_dropout 0 together, but with this extractor, not EncDiff's own"),
-    "epoch_images": (0, "length of an epoch in images; 0 is the whole dataset"),
+    "epoch_images": (0, "length of an epoch in images; 0 is one pass over the pool"),
     "fit_every": (1, "r: epochs between two fits of the anchors"),
     "fit_images": (20_000, "images whose units the anchors are fitted to (not in the paper)"),
     "ddim_steps": (100, "steps of a DDIM sample"),
@@ -98,8 +100,9 @@ PRESETS = {
         # and stage 1, earlier than AdamW.
         "loss": "mse", "t_sampling": "logit_normal", "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3,
         "optimizer": "muon",
-        # The course ends before one pass over the data. Epochs are shorter, or no anchor would ever act.
-        "clip": 1.0, "images": 200_000, "epoch_images": 40_000, "fit_images": 5_000, "ema_half_life": 20_000,
+        # Five passes over a tenth of Shapes3D: the encoder then costs a fifth of what it would in one pass over half of
+        # it, and the anchors, fitted after each pass, get to act.
+        "clip": 1.0, "images": 240_000, "pool_images": 48_000, "fit_images": 5_000, "ema_half_life": 20_000,
     },
     # For the tests: every part runs, nothing is learnt.
     "tiny": {
@@ -108,7 +111,7 @@ PRESETS = {
         "stage1_images": 640, "extractor.n_units": 6, "extractor.shrink": 4, "extractor.channels": [8, 16, 16],
         "extractor.hidden": [32, 32], "extractor.unit_hidden": [16, 16], "unet.base": 16, "unet.multipliers": [1, 2],
         "unet.res_blocks": 1, "unet.attention_at": [1, 2], "unet.heads": 2, "unet.groups": 4, "lr": 1e-3, "batch": 32,
-        "images": 1_280, "ema_half_life": 1_000, "epoch_images": 640, "fit_images": 320, "ddim_steps": 10,
+        "images": 1_280, "pool_images": 640, "ema_half_life": 1_000, "fit_images": 320, "ddim_steps": 10,
     },
 }
 # Section C.1, for the paper preset: r is 5 on the small Cars3D; CelebA's batch is smaller, at the same EMA rate a step.
@@ -164,6 +167,8 @@ def settings(args):
                  "fit_images", "fit_every", "ddim_steps", "minutes"):
         if cfg[name] is not None and cfg[name] <= 0:
             raise UserError(f"--{name} is {cfg[name]}; expected more than 0")
+    if cfg["pool_images"] < 0:
+        raise UserError(f"--pool_images is {cfg['pool_images']}; expected 0 (the whole dataset) or more")
     if cfg["clip"] < 0 or not 0 <= cfg["seed"] < 2**32:
         raise UserError(f"--clip {cfg['clip']}, --seed {cfg['seed']}: expected 0 or more, and a seed below 2^32")
     return cfg
@@ -409,9 +414,9 @@ class Run:
                 raise UserError(f"{self.ckpt_path}: not as this train.py wrote it ({type(error).__name__})") from error
         elif args.stage1_from:
             self.seen[1] = self.total[1]  # nothing left to train in stage 1
-        # A fixed random sample of images that the anchors are fitted to.
-        draw = torch.Generator().manual_seed(cfg["seed"])
-        self.fit_idx = torch.randperm(len(self.data), generator=draw)[:cfg["fit_images"]]
+        # Fixed random samples: images that the anchors are fitted to, and images that stage 2 trains on.
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(cfg["seed"]))
+        self.fit_idx, self.pool = order[:cfg["fit_images"]], order[:cfg["pool_images"] or None]
 
     def save(self):
         """Write all that the rest of the run depends on, as one file that is always whole; then the pictures."""
@@ -502,16 +507,17 @@ class Run:
         return (self.seen[stage] + self.batch[stage]) // every > self.seen[stage] // every
 
     def batches(self, stage):
-        """Endless batches of indices. Each pass over the data has an order of its own, which (seed, stage, pass) alone
-        decides: a resumed run meets the same batches as one that never stopped."""
-        batch = self.batch[stage]
-        per_pass, last = max(len(self.data) // batch, 1), None  # a pass drops what does not fill a batch
+        """Endless batches of indices: into the data in stage 1, into the pool in stage 2. Each pass over them has an
+        order of its own, which (seed, stage, pass) alone decides: a resumed run meets the same batches as one that
+        never stopped."""
+        batch, size = self.batch[stage], len(self.data if stage == 1 else self.pool)
+        per_pass, last = max(size // batch, 1), None  # a pass drops what does not fill a batch
         while True:
             turn, place = divmod(self.seen[stage] // batch, per_pass)  # which pass, which batch of it
             if turn != last:
                 draw = torch.Generator().manual_seed(self.cfg["seed"] * 1_000_003 + 10 * turn + stage)
                 # On the images' device, once: a GPU would have to be waited for if each batch were sent on its own.
-                order, last = torch.randperm(len(self.data), generator=draw).to(self.device), turn
+                order, last = torch.randperm(size, generator=draw).to(self.device), turn
             yield order[place * batch:(place + 1) * batch]  # (B,)
 
     def course(self, stage):
@@ -562,10 +568,10 @@ class Run:
         # anchors, for one), and every backward pass averages the gradients.
         many = self.world > 1
         net = torch.nn.parallel.DistributedDataParallel(model) if many else model
-        # On a GPU all latents are computed once and stay there. A CPU run sees most images once or twice: no gain.
-        if on_gpu:
-            parts = tqdm(torch.arange(len(self.data)).split(500), desc="encoding all images", disable=self.rank > 0)
-            latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, Z, h, w)
+        # The encoder is frozen and each image comes several times: its latent is computed once and stays in memory.
+        pool = self.pool.to(self.device)  # (n,) which images
+        parts = tqdm(pool.split(500), desc="encoding the pool, 500 images each", disable=self.rank > 0)
+        latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, Z, h, w)
         model.extractor.train()
         model.unet.train()
         for idx, progress in self.course(2):
@@ -574,8 +580,7 @@ class Run:
             fall = min(1.0, (1 - progress) / cfg["decay"]) if cfg["decay"] else 1.0  # falls to 0 at the very end
             self.opt.param_groups[0]["lr"] = cfg["lr"] * warm * fall
             own = idx.chunk(self.world)[self.rank]  # (B/world,) the rows of this process
-            images = self.data.images(own)  # x0, uint8 (B/world, 3, 64, 64)
-            z0 = latents[own].float() if on_gpu else model.vqgan.encode(images)
+            images, z0 = self.data.images(pool[own]), latents[own].float()  # x0 uint8 (B/world, 3, 64, 64), latents
             with (torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu),  # a CPU gains nothing from it
                   WholeBatch() if many else contextlib.nullcontext()):
                 loss, delta = net(images, z0)
@@ -589,11 +594,10 @@ class Run:
             shown = torch.stack([loss.detach(), delta])
             shown = Average.apply(shown) if many else shown  # of the whole batch
             self.tally(2, loss=shown[0], mean_delta=shown[1], grad_norm=norm)
-            if self.crosses(2, (cfg["epoch_images"] or len(self.data)) * cfg["fit_every"]):
+            if self.crosses(2, (cfg["epoch_images"] or len(pool)) * cfg["fit_every"]):
                 self.fit_anchors(model, seen)
         # The averaged weights have units of their own, which the training weights' anchors do not fit.
-        if not self.finished:  # else this was done and logged
-            self.fit_anchors(self.average, self.seen[2])
+        self.fit_anchors(self.average, self.seen[2])
         self.finished = True
 
     def fit_anchors(self, model, seen):
@@ -685,7 +689,7 @@ def main():
         signal.signal(number, stop)
     if run.stage == 1:
         run.train_stage1()
-    if not args.stage1_only:
+    if not args.stage1_only and not run.finished:
         run.train_stage2()
     run.tick(run.stage)
     run.save()  # the finished run: ckpt.pt and the last pictures
