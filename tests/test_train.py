@@ -1,5 +1,6 @@
 """Facts about the run: command line, checkpoint, log, determinism, resuming."""
 
+import collections
 import json
 import shutil
 import subprocess
@@ -162,6 +163,23 @@ def test_stage1_of_another_run_can_be_taken_over(finished, tmp_path, monkeypatch
     assert run_main(monkeypatch, *flags, tmp_path / "b", *SHORT, "--vqgan.channels", 24) == 2
 
 
+def test_stage_2_passes_over_one_pool_of_images_and_its_latents_again_and_again(finished, tmp_path, monkeypatch):
+    forward, times_seen = train.Model.forward, collections.Counter()
+
+    def watched(self, images, z0):
+        times_seen.update(image.numpy().tobytes() for image in images)
+        torch.testing.assert_close(z0, self.vqgan.encode(images), atol=1e-3, rtol=1e-3)  # kept as float16
+        return forward(self, images, z0)
+
+    monkeypatch.setattr(train.Model, "forward", watched)
+    flags = [*SHORT, "--pool_images", "64", "--epoch_images", "0", "--stage1_from", finished[0] / "ckpt.pt"]
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path, *flags) == 0
+    assert len(times_seen) == 64 and set(times_seen.values()) == {5}  # 320 images
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    fits = [row["images"] for row in rows if row.get("of") == "training"]
+    assert fits == [64, 128, 192, 256, 320]  # an epoch is one pass over the pool
+
+
 def test_minutes_ends_the_course_in_time_with_a_complete_checkpoint(finished, tmp_path, monkeypatch):
     flags = ["--dataset", "shapes3d", "--preset", "tiny", "--minutes", "0.1", "--stage1_from", finished[0] / "ckpt.pt"]
     assert run_main(monkeypatch, *flags, "--out", tmp_path / "a") == 0
@@ -237,6 +255,7 @@ def test_flag_beats_dataset_beats_preset_beats_default():
     (["--dataset", "shapes3d", "--preset", "tiny", "--minutes", "-5"], ["--minutes", "more than 0"]),
     (["--dataset", "shapes3d", "--preset", "tiny", "--stage1.restart_images", "0"], ["--stage1.restart_images"]),
     (["--dataset", "shapes3d", "--preset", "tiny", "--clip", "-1"], ["--clip", "0 or more"]),
+    (["--dataset", "shapes3d", "--preset", "tiny", "--pool_images", "-1"], ["--pool_images is -1", "0 (the whole"]),
     (["--dataset", "shapes3d", "--preset", "tiny", "--lr", "-1"], ["do not fit", "learning rate"]),
     (["--dataset", "shapes3d", "--preset", "tiny", "--unet.skip_dropout", "1"], ["skip_dropout 1", "[0, 1)"]),
 ])
