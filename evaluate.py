@@ -1059,10 +1059,12 @@ def load_released(path, dataset, device="cpu"):
     for module in model.vqgan.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = 32  # theirs at every width; ours has fewer, wider groups
-    # How it was trained, the file does not say.
-    kept = ["n_units", "unit_dim", "unit_hidden"] + ["channels", "hidden", "unit_relu"] * (not encdiff)
-    config = {name: value for name, value in cfg.items() if name == "ddim_steps" or "dropout" not in name and
-              (name.startswith(("vqgan.", "unet.")) or name in [f"extractor.{word}" for word in kept])}
+    # The page shows the networks' settings only: how they were trained, the file does not say.
+    known = ["vqgan.", "unet.", "extractor.n_units", "extractor.unit_dim", "extractor.unit_hidden"]
+    if not encdiff:
+        known += ["extractor.channels", "extractor.hidden", "extractor.unit_relu"]
+    config = {name: value for name, value in cfg.items() if name.startswith(tuple(known)) and "dropout" not in name}
+    config["ddim_steps"] = cfg["ddim_steps"]
     ckpt = {"config": config, "dataset": {"name": dataset, "source": "auto"}, "images_seen": None, "minutes": None}
     return model.to(device).eval(), ckpt
 

@@ -676,8 +676,10 @@ def main():
         # Rows logged after the checkpoint, if there is one, will be made again: cut them off, a torn last one included.
         with open(run.log_path, "ab") as f:
             f.truncate(min(run.log_bytes, f.tell()))
-    why = "as asked" if args.preset != "auto" else f"chosen because the device is {args.device.type}"
-    why = "the checkpoint's" if ckpt else why
+    if ckpt:
+        why = "the checkpoint's"
+    else:
+        why = f"chosen because the device is {args.device.type}" if args.preset == "auto" else "as asked"
     kind = "bfloat16 in stage 2" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
     duration = {"laptop": "about 25 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
     duration = f"{cfg['minutes']:g} minutes as asked (not reproducible to the bit)" if cfg["minutes"] else duration
