@@ -654,6 +654,9 @@ def pick_device(text):
 
 def main():
     """Parse, say what was chosen, run both stages, write everything."""
+    # Take numbers below 1e-38 as 0. Momentum of a weight whose gradient has died out decays to such numbers, and many
+    # CPUs compute with them a hundred times slower: after 200,000 images an optimiser step took 1.3 s, not 0.05 s.
+    torch.set_flush_denormal(True)  # for this thread and all that it will start, so before anything is computed
     args = build_parser().parse_args()
     args.device = pick_device(args.device)  # text -> torch.device
     join_processes(args.device)
