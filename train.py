@@ -58,8 +58,8 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "stage1_images": (2_000_000, "images that stage 1 sees (not in the paper)"),
     "stage1_batch": (64, "images per step of stage 1 (not in the paper)"),
     "images": (10_000_000, "images that stage 2 sees (not in the paper)"),
-    "pool_images": (0, "different images among these, a random sample of the dataset; 0 is all of it. Their latents "
-                    "are computed once and kept"),
+    "pool_images": (0, "different images among these, a random sample of the dataset; 0 is as many as it has. Their "
+                    "latents are computed once and kept"),
     "batch": (512, "images per step of stage 2"),
     "lr": (1e-4, "learning rate of stage 2"),
     "optimizer": ("adamw", "of both stages: adamw, as in the code that the paper builds on; or muon"),
@@ -414,9 +414,12 @@ class Run:
                 raise UserError(f"{self.ckpt_path}: not as this train.py wrote it ({type(error).__name__})") from error
         elif args.stage1_from:
             self.seen[1] = self.total[1]  # nothing left to train in stage 1
-        # Fixed random samples: images that the anchors are fitted to, and images that stage 2 trains on.
+        # Fixed random samples: images that the anchors are fitted to, and images that stage 2 trains on. All of these
+        # are encoded first, so there should not be more than it has the time to see.
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(cfg["seed"]))
-        self.fit_idx, self.pool = order[:cfg["fit_images"]], order[:cfg["pool_images"] or None]
+        pool_images = cfg["pool_images"] or len(order)
+        self.fit_idx = order[:cfg["fit_images"]]
+        self.pool = order[:pool_images if cfg["minutes"] else min(pool_images, cfg["images"])]
 
     def save(self):
         """Write all that the rest of the run depends on, as one file that is always whole; then the pictures."""
