@@ -27,6 +27,7 @@ FLOOR = 1e-3  # least variance: off its curve a unit's is 0, its Gaussian singul
 LIMIT = 1e3  # outliers beyond this many scales are put there, so that their squares fit into float32
 EMPTY = 1e-6  # a component with fewer samples than this is gone
 BLOCK = 64  # rows of one block in Moments
+CHUNK = 2**18  # responsibilities that are in memory at a time: 1 MB
 
 
 class Mixture(NamedTuple):
@@ -40,6 +41,10 @@ class Mixture(NamedTuple):
     a: torch.Tensor  # (N, K, J) variances along them, falling; b_k where j >= d_k
     b: torch.Tensor  # (N, K) variance along each other direction
     d: torch.Tensor  # (N, K) int64: how many directions are main ones
+
+    def of(self, units):
+        """The mixtures of some units: a slice, indices, or a mask (N,)."""
+        return Mixture(*(t[units] for t in self))
 
 
 def front(m):
@@ -61,13 +66,16 @@ def cost(x, m):
     # Pythagoras: |x - P(x)|^2 = |x - mu|^2 - sum_j (q_j . (x - mu))^2. That leaves two matrix products with x, for mu
     # and for the main directions; nothing of size (n, K, D) is ever made.
     constant = m.a.log().sum(-1) + (D - J) * m.b.log() - 2 * m.log_pi + m.mu.square().sum(-1) / m.b  # (N, K)
+    constant = constant.masked_fill(~m.mask, 1e30)
     out = torch.baddbmm(constant[..., None], m.mu / m.b[..., None], x.mT, alpha=-2)  # (N, K, n)
     out = out.addcmul_(x.square().sum(-1)[:, None], 1 / m.b[..., None])
     # a >= b, so a main direction only lowers the cost of being off the mean: by y^2, y = q . (x - mu) sqrt(1/b - 1/a).
-    q = (m.q * (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()[:, :, None]).permute(0, 3, 1, 2)  # (N, J, K, D)
-    shift = -(q * m.mu[:, None]).sum(-1).reshape(N, J * K, 1)
-    y = torch.baddbmm(shift, q.reshape(N, J * K, D), x.mT).view(N, J, K, -1)  # (N, J, K, n)
-    return out.sub_(y.square_().sum(1)).masked_fill_(~m.mask[..., None], 1e30)
+    q = m.q * (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()[:, :, None]  # (N, K, D, J)
+    shift = -(q * m.mu[..., None]).sum(2, keepdim=True)  # (N, K, 1, J)
+    for j in range(J):
+        y = torch.baddbmm(shift[..., j], q[..., j], x.mT)  # (N, K, n)
+        out.addcmul_(y, y, value=-1)
+    return out
 
 
 class Moments:
@@ -82,8 +90,8 @@ class Moments:
         self.about = about
         self.sums = [about.new_zeros(shape, dtype=torch.float64) for shape in ((N, K), (N, K, D), (N, K, D, D))]
 
-    def add(self, x, r):
-        """Add samples x (N, n, D) with responsibilities r (N, K, n).
+    def add(self, x, r, units=slice(None)):
+        """Add samples x (N, n, D) with responsibilities r (N, K, n), of all units or of a slice of them.
 
         Most responsibilities are 0: a sample belongs to one component or two. So only the pairs (sample, component)
         that count are gathered, sorted by component, and cut into blocks of BLOCK rows of one component, the last one
@@ -91,26 +99,33 @@ class Moments:
         """
         (N, n, D), K = x.shape, r.shape[1]
         pair = (r.flatten() > torch.finfo(r.dtype).eps).nonzero()[:, 0]  # (pairs,), sorted by unit, then component
-        group = pair // n  # (pairs,) unit * K + component
-        size = group.bincount(minlength=N * K)  # (N*K,)
+        group = torch.arange(N * K, device=x.device)  # unit * K + component
+        end = torch.searchsorted(pair, (group + 1) * n)  # (N*K,) where the pairs of a group end
+        size = end.diff(prepend=end.new_zeros(1))  # (N*K,)
         blocks = (size + BLOCK - 1) // BLOCK  # (N*K,)
-        padding = BLOCK * (blocks.cumsum(0) - blocks) - (size.cumsum(0) - size)  # (N*K,) rows of padding before a group
-        row = torch.arange(len(pair), device=x.device) + padding[group]  # (pairs,)
-        owner = torch.arange(N * K, device=x.device).repeat_interleave(blocks)  # (blocks,) the group of a block
-        source = row.new_zeros(len(owner) * BLOCK).index_copy_(0, row, group // K * n + pair % n)
-        root = x.new_zeros(len(owner) * BLOCK).index_copy_(0, row, r.take(pair).sqrt()).view(-1, 1, BLOCK)
+        padding = BLOCK * (blocks.cumsum(0) - blocks) - (end - size)  # (N*K,) rows of padding before a group
+        row = torch.arange(len(pair), device=x.device) + padding.repeat_interleave(size)  # (pairs,)
+        owner = group.repeat_interleave(blocks)  # (blocks,) the group of a block
+        sample = pair - ((group - group // K) * n).repeat_interleave(size)  # (pairs,) row of x as (N*n, D)
+        source = row.new_zeros(len(owner) * BLOCK).index_copy_(0, row, sample)
+        weight = x.new_zeros(len(owner) * BLOCK).index_copy_(0, row, r.take(pair)).view(-1, 1, BLOCK)
+        root = weight.sqrt()
         z = x.flatten(0, 1).index_select(0, source).view(-1, BLOCK, D)
-        z = z.sub_(self.about.flatten(0, 1)[owner, None]).mul_(root.mT)  # (blocks, BLOCK, D)
+        z = z.sub_(self.about[units].flatten(0, 1)[owner, None]).mul_(root.mT)  # (blocks, BLOCK, D)
 
         # Sums within one call are made in the data's precision, sums over calls in float64.
-        for total, part in zip(self.sums, (root.square().sum((1, 2)), (root @ z)[:, 0], z.mT @ z)):  # (blocks, ...)
+        for total, part in zip(self.sums, (weight.sum((1, 2)), (root @ z)[:, 0], z.mT @ z)):  # (blocks, ...)
+            total = total[units]
             total += part.new_zeros(N * K, *part.shape[1:]).index_add_(0, owner, part).view_as(total)
 
 
 def chunks(x, K):
-    """Slices of the sample axis, so small that their arrays fit the cache and memory does not grow with n."""
-    step = max(1, min(2**15 // len(x), 2**20 // (len(x) * K)))
-    return [slice(i, i + step) for i in range(0, x.shape[1], step)]
+    """Slices of units and of samples, so small that their arrays fit the cache and memory does not grow with n. Rather
+    few units than few samples: then a component has many samples in a chunk, and Moments little to pad."""
+    N, n, _ = x.shape
+    samples = min(n, max(1, CHUNK // K))
+    units = max(1, CHUNK // (samples * K))
+    return [(slice(u, u + units), slice(i, i + samples)) for u in range(0, N, units) for i in range(0, n, samples)]
 
 
 def e_step(x, m, weight):
@@ -120,15 +135,14 @@ def e_step(x, m, weight):
     """
     J = int(m.d.max())  # usually 1 to 3: most of the columns of q are not in use
     m = m._replace(q=m.q[..., :J], a=m.a[..., :J])
-    moments, likelihood = Moments(m.mu), 0
-    for s in chunks(x, m.mask.shape[1]):
-        energy = cost(x[:, s], m).mul_(-0.5)  # (N, K, n)
-        top = energy.amax(1, keepdim=True)  # (N, 1, n)
-        r = energy.sub_(top).clamp_(min=-80).exp_()  # (N, K, n); exp of less is as good as 0, and ten times slower
-        total = r.sum(1, keepdim=True)  # (N, 1, n)
-        moments.add(x[:, s], r.mul_(weight[:, None, s] / total))
-        likelihood = likelihood + ((top + total.log())[:, 0] * weight[:, s]).sum(1, dtype=torch.float64)
-    return moments, likelihood - x.shape[-1] / 2 * math.log(2 * math.pi) * weight.sum(1, dtype=torch.float64)
+    moments, likelihood = Moments(m.mu), -x.shape[-1] / 2 * math.log(2 * math.pi) * weight.sum(1, dtype=torch.float64)
+    for u, s in chunks(x, m.mask.shape[1]):
+        energy = cost(x[u, s], m.of(u)).mul_(-0.5)  # (N', K, n'): the chunk's units and samples
+        r = energy.softmax(1)  # (N', K, n')
+        # log sum_k exp(energy_k) is energy_k - log r_k, for any k: here the likeliest.
+        likelihood[u] += ((energy.amax(1) - r.amax(1).log()) * weight[u, s]).sum(1, dtype=torch.float64)
+        moments.add(x[u, s], r.mul_(weight[u, None, s]), u)
+    return moments, likelihood
 
 
 def scree(eigenvalues, threshold=0.2):
@@ -166,9 +180,9 @@ def m_step(moments, mask, d_max, d=None, d_least=1, floor=FLOOR):
 def hard_m_step(x, label, K, d_max, weight, d=None):
     """The mixture of a hard assignment label (N, n) int64, from which EM starts."""
     moments = Moments(x.new_zeros(x.shape[0], K, x.shape[2]))
-    for s in chunks(x, K):
-        r = label[:, None, s] == torch.arange(K, device=x.device)[:, None]  # (N, K, n)
-        moments.add(x[:, s], r * weight[:, None, s])
+    for u, s in chunks(x, K):
+        r = label[u, None, s] == torch.arange(K, device=x.device)[:, None]  # (N', K, n')
+        moments.add(x[u, s], r * weight[u, None, s], u)
     return m_step(moments, torch.ones(x.shape[0], K, dtype=torch.bool, device=x.device), d_max, d)
 
 
@@ -193,7 +207,7 @@ def em(x, m, max_iter=30, tol=1e-4, d=None, floor=FLOOR, weight=None):
         history.append(likelihood if i == 0 else history[-1].index_copy(0, running, likelihood))
         rising = (likelihood - history[i - 1][running] > tol * weight.sum(1)) | (i == 0)
         if not rising.all():
-            running, x, weight, m = running[rising], x[rising], weight[rising], Mixture(*(t[rising] for t in m))
+            running, x, weight, m = running[rising], x[rising], weight[rising], m.of(rising)
         if len(running) == 0:
             break
     converged = torch.ones_like(history[0], dtype=torch.bool).index_fill_(0, running, False)
@@ -323,8 +337,10 @@ class DyGA(nn.Module):
         """The paper's clusters: owner (N, n) int64, the component with responsibility > 0.5 or else -1; the clusters'
         sizes (N, K) and spreads (N, K). Equation 5 calls spread density; it is the mean distance to the centre."""
         K = m.mask.shape[1]
-        best = [(-0.5 * cost(x[:, s], m)).softmax(1).max(1) for s in chunks(x, K)]
-        owner = torch.cat([torch.where(b.values > 0.5, b.indices, -1) for b in best], 1)  # (N, n)
+        owner = torch.full_like(x[..., 0], -1, dtype=torch.int64)  # (N, n)
+        for u, s in chunks(x, K):
+            r, k = (-0.5 * cost(x[u, s], m.of(u))).softmax(1).max(1)  # (N', n')
+            owner[u, s] = torch.where(r > 0.5, k, -1)
         hot = (owner[:, None] == torch.arange(K, device=x.device)[:, None]).to(x.dtype)  # (N, K, n)
         size = hot.sum(2)  # (N, K)
         centre = hot @ x / size.clamp(min=1)[..., None]  # (N, K, D)
@@ -356,7 +372,7 @@ class DyGA(nn.Module):
             unit, k = order // K, order % K  # (S,) the clusters to split
             halves, accepted = self._halve(x, owner, size, unit, k)
             lucky[unit, k], closed[unit, k] = False, ~accepted
-            unit, k, halves = unit[accepted], k[accepted], Mixture(*(t[accepted] for t in halves))
+            unit, k, halves = unit[accepted], k[accepted], halves.of(accepted)
             halves.log_pi.add_(m.log_pi[unit, k, None])  # they share the weight of the cluster
             # One half keeps the cluster's slot, the other takes a free one: free slots are always the last ones.
             split = torch.zeros_like(m.mask).index_put_((unit, k), torch.tensor(True, device=x.device))

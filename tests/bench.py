@@ -300,6 +300,7 @@ def bench_start():
 
 def main():
     """Run the chosen row groups and print the table."""
+    torch.set_flush_denormal(True)  # as train.py
     torch.manual_seed(0)
     groups = {name.removeprefix("bench_"): f for name, f in globals().items() if name.startswith("bench_")}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
