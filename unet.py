@@ -128,12 +128,15 @@ class Attention(nn.Module):
         q = self.to_q(x).view(B, L, self.heads, C // self.heads).transpose(1, 2)  # (B, heads, L, C/heads)
         kv = self.to_kv(context).view(B, N, 2, self.heads, C // self.heads)
         k, v = kv.permute(2, 0, 3, 1, 4)  # two of (B, heads, N, C/heads)
-        if maps is None:
+        if maps is None and (x.is_cuda or N > 64):
             out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, C/heads)
         else:
-            # The same, spelled out, because the fused kernel never forms the map that we want to look at.
+            # The same, spelled out: the fused kernel never forms the map that one may want to look at, and for as few
+            # columns as there are units it is the slower one on a CPU (one thread, forward and backward, 20 units:
+            # 7.9 ms against 6.3 for 256 rows of 32 channels, 15.0 against 13.6 for the paper's 256 of 128).
             attention = (q @ k.transpose(2, 3) * (C // self.heads) ** -0.5).softmax(dim=-1)  # (B, heads, L, N)
-            maps.append(attention.mean(dim=1))  # (B, L, N)
+            if maps is not None:
+                maps.append(attention.mean(dim=1))  # (B, L, N)
             out = attention @ v  # (B, heads, L, C/heads)
         return self.to_out(out.transpose(1, 2).reshape(B, L, C))  # (B, L, C)
 
