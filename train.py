@@ -687,7 +687,7 @@ def main():
     else:
         why = f"chosen because the device is {args.device.type}" if args.preset == "auto" else "as asked"
     kind = "bfloat16 in stage 2" if args.device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
-    duration = {"laptop": "about 25 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
+    duration = {"laptop": "about 15 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
     duration = f"{cfg['minutes']:g} minutes as asked (not reproducible to the bit)" if cfg["minutes"] else duration
     print(f"preset {cfg['preset']} ({why}); device {args.device}, {kind}; images: {run.data.source_note}; {duration}")
     def stop(signum, frame):  # finish the step, save, leave; a second signal ends the process at once
