@@ -5,7 +5,6 @@
 
 import collections
 import functools
-import gc
 import io
 import math
 import multiprocessing
@@ -370,11 +369,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(folder, small, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits all of a process's memory only on Linux")
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_mpi3d_is_converted_in_less_memory_than_its_images_take(folder, monkeypatch, method):
+def test_mpi3d_is_converted_in_less_memory_than_its_images_take(folder, method):
     n = 16_384                                          # 201 MB of images, 100 MB of memory
-    facts = data.DATASETS["mpi3d_toy"]
-    factors = dict(zip(facts["factors"], (2, 2, 2, 2, 2, 16, 32)))
-    monkeypatch.setitem(data.DATASETS, "mpi3d_toy", facts | dict(factors=factors, images=n))
+    factors = dict(zip(data.DATASETS["mpi3d_toy"]["factors"], (2, 2, 2, 2, 2, 16, 32)))
     with zipfile.ZipFile(folder / "mpi3d_toy.npz", "w", method, compresslevel=1) as archive:
         with archive.open("images.npy", "w", force_zip64=True) as file:
             header = dict(descr="|u1", fortran_order=False, shape=(n, 64, 64, 3))
@@ -382,15 +379,20 @@ def test_mpi3d_is_converted_in_less_memory_than_its_images_take(folder, monkeypa
             for _ in range(16):
                 file.write(bytes(n // 16 * 64 * 64 * 3))
 
-    def limited():
-        gc.collect()                                    # what earlier tests left would be room that is freed later
-        used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (used + 100_000_000,) * 2)
-        with pytest.raises(MemoryError):                # the limit holds: the images as a whole do not fit
-            np.ones(n * 64 * 64 * 3, np.uint8)
-        assert len(data.load("mpi3d_toy", folder)) == n
-
-    found = child(limited).exitcode
+    # In a process of its own, which holds no freed memory of other tests that would be room beyond the limit.
+    limited = f"""
+import resource, numpy, data
+data.DATASETS["mpi3d_toy"] |= dict(factors={factors}, images={n})
+used = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 100_000_000,) * 2)
+try:
+    numpy.ones({n} * 64 * 64 * 3, numpy.uint8)
+except MemoryError:                                     # the limit holds: the images as a whole do not fit
+    assert len(data.load("mpi3d_toy", {str(folder)!r})) == {n}
+else:
+    raise SystemExit("the limit does not hold")
+"""
+    found = subprocess.run([sys.executable, "-c", limited], cwd=Path(data.__file__).parent, timeout=300).returncode
     assert (folder / "mpi3d_toy-64x64.npy").stat().st_size == n * 64 * 64 * 3 + 128
     for path in folder.iterdir():
         path.unlink()                                   # pytest would keep these 200 to 400 MB
