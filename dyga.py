@@ -63,8 +63,8 @@ def cost(x, m):
     sum_j (q_kj . (x - mu_k))^2 / a_kj + |x - P_k(x)|^2 / b_k + sum_j log a_kj + (D - d_k) log b_k - 2 log pi_k.
     """
     N, K, D, J = m.q.shape
-    # Pythagoras: |x - P(x)|^2 = |x - mu|^2 - sum_j (q_j . (x - mu))^2. That leaves two matrix products with x, for mu
-    # and for the main directions; nothing of size (n, K, D) is ever made.
+    # Pythagoras: |x - P(x)|^2 = |x - mu|^2 - sum_j (q_j . (x - mu))^2. That leaves matrix products with x, for mu and
+    # for each main direction; nothing of size (n, K, D) is ever made.
     constant = m.a.log().sum(-1) + (D - J) * m.b.log() - 2 * m.log_pi + m.mu.square().sum(-1) / m.b  # (N, K)
     constant = constant.masked_fill(~m.mask, 1e30)
     out = torch.baddbmm(constant[..., None], m.mu / m.b[..., None], x.mT, alpha=-2)  # (N, K, n)
@@ -93,16 +93,17 @@ class Moments:
     def add(self, x, r, units=slice(None)):
         """Add samples x (N, n, D) with responsibilities r (N, K, n), of all units or of a slice of them.
 
-        Most responsibilities are 0: a sample belongs to one component or two. So only the pairs (sample, component)
-        that count are gathered, sorted by component, and cut into blocks of BLOCK rows of one component, the last one
-        padded with weight 0. A batched product squares all blocks: work n D^2, where a dense one needs n K D^2.
+        Most responsibilities are 0 up to rounding: a sample belongs to one component or two. So only the other pairs
+        (sample, component) are gathered, sorted by component, and cut into blocks of BLOCK rows of one component, the
+        last one padded with weight 0. A batched product squares all blocks: work of about n D^2 a unit, where a dense
+        one needs n K D^2.
         """
         (N, n, D), K = x.shape, r.shape[1]
         pair = (r.flatten() > torch.finfo(r.dtype).eps).nonzero()[:, 0]  # (pairs,), sorted by unit, then component
         group = torch.arange(N * K, device=x.device)  # unit * K + component
         end = torch.searchsorted(pair, (group + 1) * n)  # (N*K,) where the pairs of a group end
         size = end.diff(prepend=end.new_zeros(1))  # (N*K,)
-        blocks = (size + BLOCK - 1) // BLOCK  # (N*K,)
+        blocks = (size + BLOCK - 1) // BLOCK  # (N*K,) blocks of a group; in the shapes below, of all groups
         padding = BLOCK * (blocks.cumsum(0) - blocks) - (end - size)  # (N*K,) rows of padding before a group
         row = torch.arange(len(pair), device=x.device) + padding.repeat_interleave(size)  # (pairs,)
         owner = group.repeat_interleave(blocks)  # (blocks,) the group of a block
@@ -120,8 +121,8 @@ class Moments:
 
 
 def chunks(x, K):
-    """Slices of units and of samples, so small that their arrays fit the cache and memory does not grow with n. Rather
-    few units than few samples: then a component has many samples in a chunk, and Moments little to pad."""
+    """Slices of units and of samples, so small that responsibilities fit the cache and memory does not grow with n.
+    Rather few units than few samples: then a component has many samples in a chunk, and Moments little to pad."""
     N, n, _ = x.shape
     samples = min(n, max(1, CHUNK // K))
     units = max(1, CHUNK // (samples * K))

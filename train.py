@@ -87,7 +87,7 @@ PRESETS = {
         "vqgan.patch": 4, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1, "stage1.disc_weight": 0.0,
         "stage1.lr": 3e-3, "stage1_batch": 16, "stage1_images": 32_000, "stage1.restart_images": 2_500,
         # The extractor sees the image at 32x32; its private MLPs are a quarter as wide. The paper's 20 units, not the
-        # 10 of our first tries: a hue takes three or more, so the last factors found none free (README, Numbers).
+        # 10 of our first tries: a hue takes two or more, so the last factors found none free (README, Numbers).
         "extractor.n_units": 20, "extractor.shrink": 2, "extractor.channels": [16, 32, 64, 64],
         "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128], "extractor.unit_relu": False,
         # Widths 8 and 4 are both outside [1, 2]: by the released rule, skip dropout acts on every skip.
