@@ -155,7 +155,7 @@ def test_a_component_without_samples_is_gone():
 
 
 def table(accept, k_init, seed, n=5000):
-    """20 units of 1 to 12 levels: (levels, anchors, purity, adjusted Rand index); see assets/results/dyga_levels.txt."""
+    """20 units of 1-12 levels: (levels, anchors, purity, adjusted Rand index), see assets/results/dyga_levels.txt."""
     levels = [1 + i % 12 for i in range(20)]
     c, level = toy_units(levels, n, generator(seed))
     model = DyGA(20, k_init=k_init, accept=accept).fit(c, generator(seed))
