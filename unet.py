@@ -133,7 +133,7 @@ class Attention(nn.Module):
         else:
             # The same, spelled out: the fused kernel never forms the map that one may want to look at, and for as few
             # columns as there are units it is the slower one on a CPU (20 units, forward and backward on one thread:
-            # 2.3 ms against 1.9 at the laptop preset's first level, batch 64; 10.7 against 7.4 at the paper's, batch 16).
+            # 2.3 ms against 1.9 at the laptop preset's first level, batch 64; 10.7 against 7.4 at the paper's, 16).
             attention = (q @ k.transpose(2, 3) * (C // self.heads) ** -0.5).softmax(dim=-1)  # (B, heads, L, N)
             if maps is not None:
                 maps.append(attention.mean(dim=1))  # (B, L, N)
