@@ -42,16 +42,16 @@ class Mixture(NamedTuple):
     b: torch.Tensor  # (N, K) variance along each other direction
     d: torch.Tensor  # (N, K) int64: how many directions are main ones
 
-    def of(self, units):
-        """The mixtures of some units: a slice, indices, or a mask (N,)."""
-        return Mixture(*(t[units] for t in self))
+    def of(self, index):
+        """Some of the mixtures, or of their components: every tensor at an index of its first one or two dimensions."""
+        return Mixture(*(t[index] for t in self))
 
 
 def front(m):
     """The mixture with its present components first, and no more slots than the fullest unit needs."""
     order = (~m.mask).long().argsort(dim=1, stable=True)[:, :int(m.mask.sum(1).max())]  # (N, K')
     unit = torch.arange(len(order), device=order.device)[:, None]
-    return Mixture(*(t[unit, order] for t in m))
+    return m.of((unit, order))
 
 
 # ---- HDDC (Bouveyron, Girard, Schmid 2007): EM for all units and components as one batch, no loop over either ----
@@ -353,7 +353,7 @@ class DyGA(nn.Module):
         """Rounds of splits, until no cluster is to be split or k_max is reached. Returns a mixture of k_max slots."""
         m, N, K = front(m), len(x), self.k_max
         used = m.mask.shape[1]
-        m = Mixture(*(t[:, torch.arange(K, device=x.device).clamp(max=used - 1)] for t in m))
+        m = m.of((slice(None), torch.arange(K, device=x.device).clamp(max=used - 1)))
         m.mask[:, used:] = False
         # Paper: also splits "arbitrarily", no odds given. Here each cluster of the first run has one chance, not more.
         lucky = torch.rand(N, K, generator=generator, device=generator.device).to(x.device) < self.split_odds

@@ -91,9 +91,10 @@ def test_skip_dropout_acts_in_training_only():
 # ---- attention ----
 
 
-def test_attention_maps_sum_to_one_and_do_not_change_the_result():
+@pytest.mark.parametrize("units", [5, 80])  # on a CPU, more than 64 units go through the fused kernel
+def test_attention_maps_sum_to_one_and_do_not_change_the_result(units):
     net = noisy_output(small()).eval()
-    z, t, c = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 8)
+    z, t, c = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, units, 8)
     maps = []
     slow = net(z, t, c, maps)
     torch.testing.assert_close(slow, net(z, t, c), rtol=0, atol=1e-5)
