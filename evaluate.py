@@ -1047,6 +1047,8 @@ def load_released(path, dataset, device="cpu"):
             theirs = [take("model_ema." + one.removeprefix("model.").replace(".", "")) for one in names]
         if "unit_mlp" in name:  # N of (out, in) -> (N, in, out); N of (out,) -> (N, 1, out)
             theirs = [x.T[None] if x.ndim == 2 else x[None, None] for x in theirs]
+        if name.startswith("unet.") and ".proj_" in name:  # 1x1 convolutions there
+            theirs = [x.flatten(1) if x.ndim == 4 else x for x in theirs]
         shapes = {x.shape for x in theirs}  # those that make one tensor are alike
         theirs = torch.cat(theirs) if len(theirs) > 1 and len(shapes) == 1 else theirs[0]
         if len(shapes) > 1 or theirs.shape != ours.shape:

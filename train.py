@@ -41,7 +41,7 @@ from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, Stage1, to_float
 
-FORMAT = 2  # version of the checkpoint's layout
+FORMAT = 3  # version of the checkpoint's layout
 SAVE_MINUTES = 3  # between two checkpoints and their pictures
 STAGE1_SHARE = 0.1  # of the time that --minutes gives
 

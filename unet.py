@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     def __init__(self, dim, context_dim, groups, heads, self_attention=True):
         super().__init__()
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in = nn.Conv2d(dim, dim, 1)
+        self.proj_in = nn.Linear(dim, dim)  # LDM's 1x1 convolution; as a product of tokens twice as fast on a CPU
         if self_attention:
             self.norm_self = nn.LayerNorm(dim)
             self.self_attention = Attention(dim, dim, heads)
@@ -158,22 +158,26 @@ class Transformer(nn.Module):
         self.norm_ff = nn.LayerNorm(dim)
         self.ff_in = nn.Linear(dim, 8 * dim)  # half of it values, half of it gates
         self.ff_out = nn.Linear(4 * dim, dim)
-        self.proj_out = zero(nn.Conv2d(dim, dim, 1))
+        self.proj_out = zero(nn.Linear(dim, dim))
 
     def forward(self, x, time, context, maps):
         """x (B, C, H, W), context c (B, N, D) -> (B, C, H, W). If `maps` is a list, append a map (B, N, H, W).
         `time` passes by."""
         B, C, H, W = x.shape
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, C): every pixel is a token
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H*W, C): every pixel is a token
         if self.self_attention is not None:
             h = h + self.self_attention(self.norm_self(h))
         found = None if maps is None else []
         h = h + self.cross_attention(self.norm_cross(h), context, found)
         if maps is not None:
             maps.append(found[0].transpose(1, 2).unflatten(2, (H, W)))  # (B, H*W, N) -> (B, N, H, W)
-        value, gate = self.ff_in(self.norm_ff(h)).chunk(2, dim=-1)  # two of (B, H*W, 4C)
-        h = h + self.ff_out(value * F.gelu(gate))
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))  # (B, C, H, W)
+        # Two products with half of ff_in each, not one whose result is cut in two: what follows then works on whole
+        # tensors, and the gradient of the cut, a copy of both halves, falls away. With the Linear proj_in and proj_out,
+        # 6% of forward and backward of a laptop step.
+        weights, biases, tokens = self.ff_in.weight.chunk(2), self.ff_in.bias.chunk(2), self.norm_ff(h)
+        value, gate = (F.linear(tokens, w, b) for w, b in zip(weights, biases))  # two of (B, H*W, 4C)
+        h = self.proj_out(h + self.ff_out(value * F.gelu(gate)))  # (B, H*W, C)
+        return x + h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
 
 
 class Blocks(nn.ModuleList):
@@ -315,17 +319,21 @@ def diffusion_loss(unet, z0, context, alpha_bar, kind="l1", t_sampling="uniform"
 def orthogonalise(x, steps=5):
     """Matrices x (B, m, n) -> nearly orthogonal ones with the same singular vectors: all singular values near 1.
 
-    An odd polynomial of a matrix acts on its singular values s alone: (a + b XX' + c (XX')^2) X turns each into
-    a s + b s^3 + c s^5. With these coefficients five rounds lift all but the tiniest into 0.7 to 1.2. That takes matrix
-    products only, all matrices of a shape as one batch; a singular value decomposition would take far longer.
+    An odd polynomial of a matrix acts on its singular values s alone: P X with P = a + b XX' + c (XX')^2 turns each
+    into a s + b s^3 + c s^5. With these coefficients five rounds lift all but the tiniest into 0.7 to 1.2. That takes
+    matrix products only, all matrices of a shape as one batch; a singular value decomposition would take far longer.
     """
     if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT, steps).mT  # the product below is then the smaller one
+        return orthogonalise(x.mT, steps).mT  # XX' is then the smaller product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    # A round needs XX' alone, (B, m, m), and turns it into P XX' P: so the rounds' product is made of small matrices,
+    # and X, often many times as wide as high, is multiplied once, at the end.
+    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(steps):
-        gram = x @ x.mT  # (B, m, m)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x
+        p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        p.diagonal(dim1=1, dim2=2).add_(3.4445)
+        gram, product = p @ gram @ p, p @ product
+    return product @ x
 
 
 class Muon(torch.optim.AdamW):

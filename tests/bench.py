@@ -93,6 +93,26 @@ class PlainAttention(torch.nn.Module):
         return self.out((attention @ v).transpose(1, 2).flatten(2))
 
 
+class PlainTransformer(unet.Transformer):
+    """The peer of unet.Transformer: 1x1 convolutions before and after, values and gates from one product."""
+
+    def __init__(self, ours):
+        dim, groups = ours.norm.num_channels, ours.norm.num_groups
+        context_dim, heads = ours.cross_attention.k.in_features, ours.cross_attention.heads
+        super().__init__(dim, context_dim, groups, heads, ours.self_attention is not None)
+        self.self_attention, self.cross_attention = ours.self_attention, ours.cross_attention
+        self.proj_in, self.proj_out = torch.nn.Conv2d(dim, dim, 1), unet.zero(torch.nn.Conv2d(dim, dim, 1))
+
+    def forward(self, x, time, context, maps):
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, C)
+        if self.self_attention is not None:
+            h = h + self.self_attention(self.norm_self(h))
+        h = h + self.cross_attention(self.norm_cross(h), context)
+        value, gate = self.ff_in(self.norm_ff(h)).chunk(2, dim=-1)  # two of (B, H*W, 4C)
+        h = h + self.ff_out(value * torch.nn.functional.gelu(gate))
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, H, W)
+
+
 class PlainUnits(torch.nn.Module):
     """The peer of the extractor's batched private MLPs: a list of networks, called one after the other."""
 
@@ -110,10 +130,12 @@ class PlainUnits(torch.nn.Module):
 
 def plain(model):
     """Rebuild a model of train.py in the plainest PyTorch form of the same networks."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ == "Attention":
-                setattr(module, name, PlainAttention(child))
+    for ours, peer in ((unet.Attention, PlainAttention), (unet.Transformer, PlainTransformer)):
+        for module in list(model.unet.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is ours:
+                    setattr(module, name, peer(child))
+    model.extractor.cnn.to(memory_format=torch.contiguous_format)
     units = PlainUnits(model.extractor)
     model.extractor.unit_mlp = units  # their parameters are the extractor's
     model.extractor.__dict__["expand"] = units  # before the method of that name
