@@ -544,13 +544,18 @@ class Run:
             self.tick(stage)
             due = self.clock - saved > 60 * SAVE_MINUTES
             self.minutes[stage], stop, due = self.agree(self.minutes[stage], bool(self.stopped_by), due)
-            if stop or due:
+            if stop:
+                self.leave()
+            if due:
                 self.save()
                 saved = time.perf_counter()
-            if stop:
-                by = self.stopped_by or "another process"
-                print(f"\nstopped by {by}; go on with the same command and --resume", file=sys.stderr)
-                sys.exit(130)  # as a shell counts a program that was interrupted
+
+    def leave(self):
+        """Save, say how to go on, end the process."""
+        self.save()
+        by = self.stopped_by or "another process"
+        print(f"\nstopped by {by}; go on with the same command and --resume", file=sys.stderr)
+        sys.exit(130)  # as a shell counts a program that was interrupted
 
     def train_stage1(self):
         """Train the VQ-GAN, freeze it, and say how well it reconstructs."""
@@ -573,8 +578,12 @@ class Run:
         net = torch.nn.parallel.DistributedDataParallel(model) if many else model
         # The encoder is frozen and each image comes several times: its latent is computed once and stays in memory.
         pool = self.pool.to(self.device)  # (n,) which images
-        parts = tqdm(pool.split(500), desc="encoding the pool, 500 images each", disable=self.rank > 0)
-        latents = torch.cat([model.vqgan.encode(self.data.images(idx)).half() for idx in parts])  # (n, Z, h, w)
+        latents = []
+        for idx in tqdm(pool.split(500), desc="encoding the pool, 500 images each", disable=self.rank > 0):
+            latents.append(model.vqgan.encode(self.data.images(idx)).half())
+            if any(self.agree(bool(self.stopped_by))):
+                self.leave()
+        latents = torch.cat(latents)  # (n, Z, h, w)
         model.extractor.train()
         model.unet.train()
         for idx, progress in self.course(2):

@@ -178,6 +178,24 @@ def test_a_run_killed_at_20_random_moments_ends_like_one_that_was_never_killed(w
         assert_same_end(whole, out)
 
 
+def test_a_signal_while_the_pool_is_encoded_stops_the_run_before_its_first_step(whole, tmp_path):
+    def send(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return encode(*args)
+
+    encode, out = train.VQGAN.encode, tmp_path / "run"
+
+    def prepare():
+        train.Run.pictures = lambda run: None
+        at_call(train.VQGAN, "encode", 2, send)  # the first call only tries whether the settings fit together
+
+    assert end(start(out, *SHORT, prepare=prepare)) == 130
+    kept = train.read_checkpoint(out / "ckpt.pt")
+    assert (kept["stage"], kept["images_seen"]) == (2, 0)
+    assert end(start(out, *SHORT, "--resume", prepare=save_always)) == 0, said(out)
+    assert_same_end(whole, out)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_makes_the_run_save_say_how_to_resume_and_leave(number, whole, tmp_path):
     def send(run, *args, **kwargs):
