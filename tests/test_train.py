@@ -87,6 +87,25 @@ def test_a_run_takes_numbers_too_small_for_full_precision_as_zero(monkeypatch):
     torch.set_flush_denormal(False)
 
 
+@pytest.mark.parametrize("precision, device, has, expected", [
+    ("auto", "cpu", "avx2", False), ("auto", "cpu", "avx512_bf16", True), ("auto", "cpu", "amx_bf16", True),
+    ("auto", "cuda", "avx2", True), ("float32", "cuda", "avx2", False), ("bfloat16", "cpu", "avx2", True)])
+def test_auto_is_bfloat16_where_the_device_has_instructions_for_it(monkeypatch, precision, device, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True}, raising=False)
+    assert train.in_bfloat16({"precision": precision}, torch.device(device)) is expected
+
+
+def test_a_run_in_bfloat16_has_float32_weights_and_losses_near_those_of_float32(finished, tmp_path, monkeypatch):
+    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path, *SHORT, "--precision", "bfloat16") == 0
+    exact, half = ([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+                   for out in (finished[0], tmp_path))
+    exact, half = ([row["loss"] for row in rows if "loss" in row] for rows in (exact, half))
+    assert half != exact and half == pytest.approx(exact, rel=0.02)
+    model = train.read_checkpoint(tmp_path / "ckpt.pt")["model"]
+    trained = {x.dtype for name, x in model.items() if name.startswith(("unet.", "extractor.")) and x.ndim}
+    assert trained == {torch.float32}
+
+
 # ---- determinism and resuming ----
 
 
