@@ -70,7 +70,7 @@ TRAINING = {  # section C.1, or our choice where the help says that the paper is
     "t_sampling": ("uniform", "how t is drawn; logit_normal prefers the middle of the schedule"),
     "ema_half_life": (3_550_000, "images after which a weight's part in the average has halved (0.9999 a step)"),
     "precision": ("auto", "of stage 2: float32; bfloat16 (autocast: activations in it, weights not); or auto, which is "
-                  "bfloat16 where the device has instructions for it, as GPUs and some CPUs do"),
+                  "bfloat16 on a GPU, float32 on a CPU"),
     "anchors": ("dyga", "dyga; fsq, Table 11's rival; or none. The paper's baseline EncDiff is none and "
                 "--unet.skip_dropout 0 together, but with this extractor, not EncDiff's own"),
     "epoch_images": (0, "length of an epoch in images; 0 is one pass over the pool"),
@@ -114,7 +114,6 @@ PRESETS = {
         "extractor.hidden": [32, 32], "extractor.unit_hidden": [16, 16], "unet.base": 16, "unet.multipliers": [1, 2],
         "unet.res_blocks": 1, "unet.attention_at": [1, 2], "unet.heads": 2, "unet.groups": 4, "lr": 1e-3, "batch": 32,
         "images": 1_280, "pool_images": 640, "ema_half_life": 1_000, "fit_images": 320, "ddim_steps": 10,
-        "precision": "float32",
     },
 }
 # Section C.1, for the paper preset: r is 5 on the small Cars3D; CelebA's batch is smaller, at the same EMA rate a step.
@@ -657,13 +656,10 @@ class Run:
 
 
 def in_bfloat16(cfg, device):
-    """Does stage 2 compute in bfloat16? Forward and backward of a laptop step take 0.7 of the time in it on an AMD EPYC
-    (Zen 4) with AVX512-BF16, paper size 0.8; on CPUs without such instructions it is emulated, and slower."""
-    if cfg["precision"] != "auto":
-        return cfg["precision"] == "bfloat16"
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # a new function of torch
-    on_cpu = device.type == "cpu" and (found.get("avx512_bf16", False) or found.get("amx_bf16", False))
-    return device.type == "cuda" or on_cpu
+    """Does stage 2 compute in bfloat16? Not by itself on a CPU: where that has instructions for it (AVX512-BF16), a
+    laptop step takes two thirds of the time, but FactorVAE seems to suffer (README, Numbers); elsewhere it is slower.
+    """
+    return cfg["precision"] == "bfloat16" or cfg["precision"] == "auto" and device.type == "cuda"
 
 
 def pick_device(text):
@@ -710,7 +706,7 @@ def main():
         why = f"chosen because the device is {args.device.type}" if args.preset == "auto" else "as asked"
     kind = "bfloat16 in stage 2" if in_bfloat16(cfg, args.device) else "float32"
     kind += f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    duration = {"laptop": "about 15 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
+    duration = {"laptop": "14 to 18 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
     duration = f"{cfg['minutes']:g} minutes as asked (not reproducible to the bit)" if cfg["minutes"] else duration
     print(f"preset {cfg['preset']} ({why}); device {args.device}, {kind}; images: {run.data.source_note}; {duration}")
     def stop(signum, frame):  # finish the step, save, leave; a second signal ends the process at once

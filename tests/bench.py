@@ -179,22 +179,15 @@ def bench_step():
     images = ds.images(idx)
     z0 = model.vqgan.encode(images)
 
-    half = train.in_bfloat16(model.cfg, torch.device("cpu"))
-
-    def forward(images):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model(images, z0)
-
     def step():
-        loss, _ = forward(ds.images(idx))
+        loss, _ = model(ds.images(idx), z0)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
 
     whole = median_seconds(step)
-    kind = "bfloat16" if half else "float32"
-    yield f"step, laptop, batch {batch}, {kind}", f"{batch / whole:.0f} images/s", ""
-    for name, f in (("data", lambda: ds.images(idx)), ("forward", lambda: forward(images)), ("optimiser", opt.step)):
+    yield f"step, laptop, batch {batch}", f"{batch / whole:.0f} images/s", ""
+    for name, f in (("data", lambda: ds.images(idx)), ("forward", lambda: model(images, z0)), ("optimiser", opt.step)):
         seconds = median_seconds(f)
         yield f"  {name}", f"{seconds * 1e3:.1f} ms", f"{seconds / whole:.0%} of the step"
     for name, batch in (("laptop", 64), ("paper", 8)):
@@ -303,8 +296,7 @@ def bench_scaling():
     model = preset("laptop")
     batches, times = (16, 64, 256), []
     for batch in batches:
-        half = train.in_bfloat16(model.cfg, torch.device("cpu"))
-        times.append(median_seconds(stepper(model, batch, True, half), 5))
+        times.append(median_seconds(stepper(model, batch, True), 5))
         yield f"step, laptop, batch {batch}", f"{batch / times[-1]:.0f} images/s", ""
     yield "", "", exponent(batches, times)
     units, _ = dyga.toy_units([10] * 20, 20_000, torch.Generator().manual_seed(0))  # (n, N, D)
