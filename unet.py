@@ -328,11 +328,11 @@ def orthogonalise(x, steps=5):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     # A round needs XX' alone, (B, m, m), and turns it into P XX' P: so the rounds' product is made of small matrices,
     # and X, often many times as wide as high, is multiplied once, at the end.
-    gram, product = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    for _ in range(steps):
+    for step in range(steps):
+        gram = p @ gram @ p if step else x @ x.mT  # (B, m, m)
         p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         p.diagonal(dim1=1, dim2=2).add_(3.4445)
-        gram, product = p @ gram @ p, p @ product
+        product = p @ product if step else p
     return product @ x
 
 
