@@ -572,7 +572,7 @@ class Run:
 
     def train_stage2(self):
         """Algorithm 1: extractor and U-Net together, anchors fitted anew after every r epochs."""
-        cfg, model, half = self.cfg, self.model, in_bfloat16(self.cfg, self.device)
+        cfg, model, bfloat16 = self.cfg, self.model, in_bfloat16(self.cfg, self.device)
         model.vqgan.eval().requires_grad_(False)
         # Wrapped, all processes start from the weights of process 0, every forward pass takes over its buffers (new
         # anchors, for one), and every backward pass averages the gradients.
@@ -595,7 +595,7 @@ class Run:
             self.opt.param_groups[0]["lr"] = cfg["lr"] * warm * fall
             own = idx.chunk(self.world)[self.rank]  # (B/world,) the rows of this process
             images, z0 = self.data.images(pool[own]), latents[own].float()  # x0 uint8 (B/world, 3, 64, 64), latents
-            with (torch.autocast(self.device.type, torch.bfloat16, enabled=half),
+            with (torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16),
                   WholeBatch() if many else contextlib.nullcontext()):
                 loss, delta = net(images, z0)
             self.opt.zero_grad(set_to_none=True)  # no zeros to write, none to add to
