@@ -1,37 +1,40 @@
-"""Train the whole method (Algorithm 1): wires data, stage 1, extractor, U-Net and anchors into one run, one checkpoint.
+"""Train the whole method (Algorithm 1): data, stage 1, extractor, U-Net, anchors; one checkpoint.
 
-    python train.py --dataset shapes3d                  # the laptop preset on a CPU, the paper's on a GPU
-    python train.py --dataset shapes3d --preset tiny    # seconds: does everything, learns nothing
-    python train.py --dataset shapes3d --resume         # go on where the last checkpoint in --out stopped
-    torchrun --nproc_per_node=2 train.py --dataset shapes3d  # stage 2 on two GPUs, or in two processes on a CPU
+    python train.py --dataset shapes3d                 # laptop preset on a CPU, paper's on a GPU
+    python train.py --dataset shapes3d --preset tiny   # seconds: does everything, learns nothing
+    python train.py --dataset shapes3d --resume        # go on where the checkpoint in --out stopped
+    torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
-Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and --resume need),
-log.jsonl, loss.png and samples.png (rows: input, stage-1 reconstruction, DDIM sample from the image's own units).
-One step of stage 2, as data sees it:
-    idx -> x0 (B,3,64,64) -> extractor -> c (B,N,D) -> dyga.align -> c~ (B,N,D) -------.
-       `-> frozen stage-1 encoder -> z0 -> add noise eps at time t -> z_t -> unet(z_t, t, c~) = eps^ -> |eps^ - eps|
+Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and
+--resume need), log.jsonl and samples.png. One step of stage 2, as data sees it:
+
+    idx -> x0 (B, 3, 64, 64) -> extractor -> c (B, N, D) -> dyga.align -> c~ (B, N, D)
+        -> frozen stage 1 -> z0 -> noise eps, time t -> z_t -> unet(z_t, t, c~) = eps^
+        -> |eps^ - eps|
+
+Reading order: presets, Model, the two loops (train_stage1, train_stage2); then what they call.
+
+Randomness: each step seeds itself from (--seed, stage, images seen, process). So a resumed run ends
+like one that never stopped, to the last bit, on the same CPU with the same number of threads. With
+other threads, devices or processes it is the same course, with other roundings or other noise.
 """
 
 import argparse
-import contextlib
+import ast
 import copy
-import datetime
 import inspect
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import data
@@ -39,184 +42,86 @@ from data import UserError
 from dyga import DyGA
 from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
-from vqgan import VQGAN, Stage1, to_float
+from vqgan import VQGAN, PatchDiscriminator, psnr, stage1_losses, to_float
 
-FORMAT = 3  # version of the checkpoint's layout
+FORMAT = 4  # version of the checkpoint's layout
 SAVE_MINUTES = 3  # between two checkpoints and their pictures
-STAGE1_SHARE = 0.1  # of the time that --minutes gives
+LOG_STEPS = 25  # between two rows of the log; a signal waits for the next one
 
-# ---- Settings: default < preset < dataset < flag ---------------------------------------------------------------------
-# The defaults are the paper's. Those of the networks stand beside their code, as arguments of these classes, and become
-# flags such as --unet.base; their help is the class's docstring.
+# --------------------------------------------------------------------------------------------------
+# Presets: differences from the defaults, which are the paper's (Tables 7 to 9, section C.1)
 
-PARTS = {"vqgan": VQGAN, "stage1": Stage1, "extractor": Extractor, "dyga": DyGA, "unet": UNet}
-# No flags: these follow from other settings, or are fixed (images are 64 pixels wide).
-WIRED = {"unet.channels", "unet.context_dim", "dyga.dim", "extractor.image_size", "extractor.fsq_levels",
-         "stage1.optimizer"}
-
-TRAINING = {  # section C.1, or our choice where the help says that the paper is silent
-    "stage1_images": (2_000_000, "images that stage 1 sees (not in the paper)"),
-    "stage1_batch": (64, "images per step of stage 1 (not in the paper)"),
-    "images": (10_000_000, "images that stage 2 sees (not in the paper)"),
-    "pool_images": (0, "different images among these, a random sample of the dataset; 0 is as many as it has. Their "
-                    "latents are computed once and kept"),
-    "batch": (512, "images per step of stage 2"),
-    "lr": (1e-4, "learning rate of stage 2"),
-    "optimizer": ("adamw", "of both stages: adamw, as in the code that the paper builds on; or muon"),
-    "warmup": (0, "images over which the learning rate rises from 0"),
-    "decay": (0.0, "last share of the course over which the learning rate falls to 0"),
-    "clip": (0.0, "largest gradient norm; 0 does not clip"),
-    "loss": ("l1", "l1: |eps^ - eps|, as released (equation 2 names no norm); or mse"),
-    "t_sampling": ("uniform", "how t is drawn; logit_normal prefers the middle of the schedule"),
-    "ema_half_life": (3_550_000, "images after which a weight's part in the average has halved (0.9999 a step)"),
-    "precision": ("auto", "of stage 2: float32; bfloat16 (autocast: activations in it, weights not); or auto, which is "
-                  "bfloat16 on a GPU, float32 on a CPU"),
-    "anchors": ("dyga", "dyga; fsq, Table 11's rival; or none. The paper's baseline EncDiff is none and "
-                "--unet.skip_dropout 0 together, but with this extractor, not EncDiff's own"),
-    "epoch_images": (0, "length of an epoch in images; 0 is one pass over the pool"),
-    "fit_every": (1, "r: epochs between two fits of the anchors"),
-    "fit_images": (20_000, "images whose units the anchors are fitted to (not in the paper)"),
-    "ddim_steps": (100, "steps of a DDIM sample"),
-}
-CHOICES = {"loss": ["l1", "mse"], "optimizer": ["adamw", "muon"], "t_sampling": ["uniform", "logit_normal"],
-           "precision": ["auto", "float32", "bfloat16"], "anchors": ["dyga", "fsq", "none"]}
 PRESETS = {
     "paper": {},
-    # For one or two CPU cores and less than an hour. The method is the paper's; the sizes are not.
+    # For two CPU cores and less than half an hour. The method is the paper's, the sizes are not.
     "laptop": {
-        # Stage 1 with 8x8 latents (f = 8), because a 16x16 U-Net costs four times as much per image; no discriminator,
-        # which would double the time of a step.
-        "vqgan.patch": 4, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1, "stage1.disc_weight": 0.0,
-        "stage1.lr": 3e-3, "stage1_batch": 16, "stage1_images": 32_000, "stage1.restart_images": 2_500,
-        # The extractor sees the image at 32x32; its private MLPs are a quarter as wide. The paper's 20 units, not the
-        # 10 of our first tries: a hue takes two or more, so the last factors found none free (README, Numbers).
-        "extractor.n_units": 20, "extractor.shrink": 2, "extractor.channels": [16, 32, 64, 64],
-        "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128], "extractor.unit_relu": False,
-        # Widths 8 and 4 are both outside [1, 2]: by the released rule, skip dropout acts on every skip.
-        "unet.base": 32, "unet.multipliers": [1, 2], "unet.res_blocks": 1, "unet.attention_at": [1, 2],
-        # One head of attention: a pixel then looks up one unit at a time, where four heads look up a blend of four, and
-        # factors part (README, Numbers).
-        "unet.heads": 1, "unet.self_attention": False, "unet.dropout": 0.0,
-        # In a prototype a squared error learnt an object's shape and size earlier than L1. In README, Numbers: times
-        # from the middle of the schedule teach hues earlier than uniform ones, and Muon teaches shape and orientation,
-        # and stage 1, earlier than AdamW.
-        "loss": "mse", "t_sampling": "logit_normal", "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3,
-        "optimizer": "muon",
-        # Five passes over a tenth of Shapes3D: the encoder then costs a fifth of what it would with new images all the
-        # time, and the anchors, fitted after each pass, get to act. More images, 320,000 from 64,000, scored no higher.
-        "clip": 1.0, "images": 240_000, "pool_images": 48_000, "fit_images": 5_000, "ema_half_life": 20_000,
+        # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per
+        # image. No discriminator, which would double the time of a step.
+        "vqgan.patch": 4, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1,
+        "stage1.disc_weight": 0.0, "stage1.lr": 3e-3, "stage1.batch": 16,
+        "stage1.images": 32_000, "stage1.restart_images": 2_500,
+        # The extractor sees the image at 32x32; its private MLPs are a quarter as wide.
+        "extractor.shrink": 2, "extractor.channels": [16, 32, 64, 64],
+        "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128],
+        "extractor.unit_relu": False,
+        # Half as wide, two levels in place of four. Transformers at 4x4 only: at 8x8 attention
+        # stays uniform, so nothing is looked up there. The latent's sides 8 and 4 are both not in
+        # [2]: by the released rule, skip dropout acts on every skip.
+        "unet.base": 32, "unet.multipliers": [1, 2], "unet.res_blocks": 1,
+        "unet.attention_at": [2], "unet.self_attention": False, "unet.dropout": 0.0,
+        # One head: a pixel then looks up one unit at a time, where four heads look up a blend of
+        # four, and factors part.
+        "unet.heads": 1,
+        # Muon teaches shape and orientation, times from the middle of the schedule teach hues, a
+        # squared error teaches small objects earlier than AdamW, uniform times and L1 do.
+        "optimizer": "muon", "t_sampling": "logit_normal", "loss": "mse",
+        "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3, "clip": 1.0,
+        # Five passes over a tenth of the images: the encoder then costs a fifth, and the anchors,
+        # fitted after each pass, get to act.
+        "images": 240_000, "pool_images": 48_000, "fit_images": 5_000, "ema_half_life": 20_000,
     },
     # For the tests: every part runs, nothing is learnt.
     "tiny": {
-        "vqgan.patch": 4, "vqgan.channels": 16, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1, "stage1.lr": 2e-3,
-        "vqgan.codebook_size": 64, "stage1.disc_width": 8, "stage1.restart_images": 160, "stage1_batch": 16,
-        "stage1_images": 640, "extractor.n_units": 6, "extractor.shrink": 4, "extractor.channels": [8, 16, 16],
-        "extractor.hidden": [32, 32], "extractor.unit_hidden": [16, 16], "unet.base": 16, "unet.multipliers": [1, 2],
-        "unet.res_blocks": 1, "unet.attention_at": [1, 2], "unet.heads": 2, "unet.groups": 4, "lr": 1e-3, "batch": 32,
-        "images": 1_280, "pool_images": 640, "ema_half_life": 1_000, "fit_images": 320, "ddim_steps": 10,
+        "vqgan.patch": 4, "vqgan.channels": 16, "vqgan.multipliers": [1, 2],
+        "vqgan.res_blocks": 1, "vqgan.codebook_size": 64, "stage1.lr": 2e-3,
+        "stage1.disc_width": 8, "stage1.restart_images": 160, "stage1.batch": 16,
+        "stage1.images": 640, "extractor.n_units": 6, "extractor.shrink": 4,
+        "extractor.channels": [8, 16, 16], "extractor.hidden": [32, 32],
+        "extractor.unit_hidden": [16, 16], "unet.base": 16, "unet.multipliers": [1, 2],
+        "unet.res_blocks": 1, "unet.attention_at": [1, 2], "unet.heads": 2, "unet.groups": 4,
+        "lr": 1e-3, "batch": 32, "images": 1_280, "pool_images": 640, "ema_half_life": 1_000,
+        "fit_images": 320, "ddim_steps": 10,
     },
 }
-# Section C.1, for the paper preset: r is 5 on the small Cars3D; CelebA's batch is smaller, at the same EMA rate a step.
-PER_DATASET = {"cars3d": dict(fit_every=5), "celeba": dict(batch=64, ema_half_life=444_000)}
+# Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
+PER_DATASET = {"cars3d": {"fit_every": 5}, "celeba": {"batch": 64, "ema_half_life": 444_000}}
 
 
-def all_settings():
-    """Every setting: name -> (default, help). The networks' come from the signatures and docstrings of PARTS."""
-    found = dict(TRAINING)
-    for prefix, cls in PARTS.items():  # such as unet, UNet
-        for name, parameter in inspect.signature(cls).parameters.items():
-            if parameter.default is not parameter.empty and f"{prefix}.{name}" not in WIRED:
-                text = re.search(rf"^ +{name}: (.+?)(?=\n +\w+: |\n\n|\Z)", cls.__doc__, re.M | re.S)[1]
-                found[f"{prefix}.{name}"] = parameter.default, " ".join(text.split()).replace("%", "%%")
-    return found
-
-
-def build_parser():
-    """Every flag with its help. A setting is None until given, so that `settings` can tell flags from presets."""
-    p = data.Parser(formatter_class=argparse.HelpFormatter, description="Train disentangled latent units with a "
-                    "diffusion model. Values in brackets are the paper's; a preset changes some, a flag beats both.")
-    p.add_argument("--dataset", required=True, choices=list(data.DATASETS))
-    p.add_argument("--preset", default="auto", choices=["auto", *PRESETS], help="auto: paper on CUDA, laptop on a CPU")
-    p.add_argument("--out", help="folder for everything written (default out/DATASET-PRESET)")
-    p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
-    p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"], help="auto: official if there")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    p.add_argument("--seed", type=int, help="same seed, CPU and threads: same numbers [0]")
-    p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out, with its settings")
-    p.add_argument("--minutes", type=float, help="fit the course into this time; not reproducible to the bit then")
-    p.add_argument("--stage1_only", action="store_true", help="stop after stage 1")
-    p.add_argument("--stage1_from", metavar="CKPT", help="take stage 1 from this checkpoint of the same data")
-    for name, (default, text) in all_settings().items():
-        if isinstance(default, bool):  # --unet.self_attention and --no-unet.self_attention
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, tuple):  # --unet.multipliers 1 2 4 4
-            kind = dict(type=int, nargs="+")
-        else:
-            kind = dict(type=type(default), choices=CHOICES.get(name))
-        p.add_argument(f"--{name}", **kind, help=f"{text} [{default}]")
-    return p
-
-
-def settings(args):
-    """Flags over dataset over preset over defaults: the run's whole configuration as one plain dict."""
-    preset = {"auto": "paper" if args.device.type == "cuda" else "laptop"}.get(args.preset, args.preset)
-    cfg = {name: default for name, (default, _) in all_settings().items()} | PRESETS[preset]  # the right one wins
-    if preset == "paper":
-        cfg |= PER_DATASET.get(args.dataset, {})
-    cfg |= {name: value for name, value in vars(args).items() if name in cfg and value is not None}  # flags
-    cfg |= {"preset": preset, "seed": args.seed or 0, "minutes": args.minutes, "stage1_from": args.stage1_from}
-    for name in ("stage1_images", "stage1_batch", "stage1.restart_images", "images", "batch", "ema_half_life",
-                 "fit_images", "fit_every", "ddim_steps", "minutes"):
-        if cfg[name] is not None and cfg[name] <= 0:
-            raise UserError(f"--{name} is {cfg[name]}; expected more than 0")
-    if cfg["pool_images"] < 0:
-        raise UserError(f"--pool_images is {cfg['pool_images']}; expected 0 (the whole dataset) or more")
-    if cfg["clip"] < 0 or not 0 <= cfg["seed"] < 2**32:
-        raise UserError(f"--clip {cfg['clip']}, --seed {cfg['seed']}: expected 0 or more, and a seed below 2^32")
-    return cfg
-
-
-def refuse_contradictions(args, cfg):
-    """UserError if a flag beside --resume differs from the checkpoint's settings cfg, or if a setting is missing."""
-    # No exception for --images or --minutes: the learning rate follows the course planned at the start, so a longer
-    # course is another run from its first step. Repeating a flag is fine: "the same command and --resume".
-    for name in all_settings().keys() | {"preset", "seed", "minutes"}:
-        if name not in cfg:
-            raise UserError(f"the checkpoint has no setting {name}: it is of another version of train.py; train again")
-    for name, given in vars(args).items():
-        held = list(cfg[name]) if isinstance(cfg.get(name), tuple) else cfg.get(name)
-        if (name in cfg or name == "stage1_from") and given not in (None, "auto", held):
-            began = "without it" if held is None else f"with {held}"
-            raise UserError(f"--{name} {given}: the run to resume began {began}; leave it out, or choose another --out")
-
-
-def part(values, name):
-    """The entries of one part: {"unet.base": 32, "lr": ...} and "unet" give {"base": 32}."""
-    return {key.removeprefix(name + "."): value for key, value in values.items() if key.startswith(name + ".")}
-
-
-# ---- The model: all four networks, and how they call each other -----------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The model: all four networks, and how they call each other
 
 
 class Model(torch.nn.Module):
-    """Stage 1, extractor, anchors and U-Net together. cfg: a dict of settings. ValueError if they do not fit."""
+    """Stage 1, extractor, anchors and U-Net together. cfg: a dict of all settings."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.vqgan = VQGAN(**part(cfg, "vqgan"))  # x0 <-> z0; frozen in stage 2
-        levels = (8, 5, 5) if cfg["anchors"] == "fsq" else ()  # Table 11's
-        self.extractor = Extractor(**part(cfg, "extractor"), fsq_levels=levels)  # x0 -> c
-        self.dyga = DyGA(cfg["extractor.n_units"], cfg["extractor.unit_dim"], **part(cfg, "dyga"))  # c -> c~
-        self.unet = UNet(channels=cfg["vqgan.z_channels"], context_dim=cfg["extractor.unit_dim"], **part(cfg, "unet"))
+        n_units, unit_dim = cfg["extractor.n_units"], cfg["extractor.unit_dim"]
+        self.vqgan = VQGAN(**part(cfg, "vqgan"))  # x0 <-> z0
+        self.extractor = Extractor(**part(cfg, "extractor"))  # x0 -> c
+        self.dyga = DyGA(n_units, unit_dim, **part(cfg, "dyga"))  # c -> c~
+        self.unet = UNet(self.vqgan.z_channels, context_dim=unit_dim, **part(cfg, "unet"))
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
     def forward(self, images, z0):
-        """Images uint8 (B, 3, H, W), their latents z0 (B, Z, h, w) -> loss of equation 2, mean delta of equation 6."""
+        """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> loss of equation 2, mean delta."""
         c = self.extractor(to_float(images))  # (B, N, D)
-        # c~ (B, N, D) and delta (B, N). Before the first fit c~ is c.
-        aligned, delta = self.dyga.align(c, return_delta=True)
-        loss = diffusion_loss(self.unet, z0, aligned, self.alpha_bar, self.cfg["loss"], self.cfg["t_sampling"])
+        # A loss on c would be added here, for instance on its distance to self.dyga.nearest(c):
+        # alignment moves what the U-Net sees, and c only by way of its gradient.
+        c_tilde, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N)
+        loss = diffusion_loss(self.unet, z0, c_tilde, self.alpha_bar, self.cfg["loss"],
+                              self.cfg["t_sampling"])
         return loss, delta.detach().mean()
 
     @torch.no_grad()
@@ -225,504 +130,702 @@ class Model(torch.nn.Module):
         return self.extractor(to_float(images)).float()
 
     def noise(self, count, generator):
-        """Starting noise (count, Z, h, w) for `sample`, from a CPU generator, so that every device starts alike."""
-        shape = count, self.vqgan.z_channels, 64 // self.vqgan.factor, 64 // self.vqgan.factor
-        return torch.randn(shape, generator=generator).to(self.alpha_bar.device)
+        """Starting noise (count, Z, h, w) from a CPU generator: the same on every device."""
+        side = 64 // self.vqgan.factor
+        noise = torch.randn(count, self.vqgan.z_channels, side, side, generator=generator)
+        return noise.to(self.alpha_bar.device)
 
     @torch.no_grad()
-    def sample(self, aligned, noise, steps=None):
-        """DDIM images under aligned units c~ (B, N, D) from `noise` -> uint8 (B, 3, 64, 64)."""
-        return self.vqgan.decode(ddim(self.unet, noise, aligned, self.alpha_bar, steps or self.cfg["ddim_steps"]))
+    def sample(self, c_tilde, noise, steps=None):
+        """DDIM: aligned units c_tilde (B, N, D) and noise -> images uint8 (B, 3, 64, 64)."""
+        z0 = ddim(self.unet, noise, c_tilde, self.alpha_bar, steps or self.cfg["ddim_steps"])
+        return self.vqgan.decode(z0)
 
 
-def check_archive(path):
-    """zipfile.BadZipFile if a part of a file of torch.save is damaged. torch.load does not look at the checksums in the
-    file: a flipped bit would become a wrong weight."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip():  # the first damaged part
-            raise zipfile.BadZipFile
+def part(values, name):
+    """The entries of one part: {"unet.base": 32, "lr": ...} and "unet" give {"base": 32}."""
+    prefix = name + "."
+    return {key[len(prefix):]: values[key] for key in values if key.startswith(prefix)}
+
+
+# --------------------------------------------------------------------------------------------------
+# The two loops
+
+
+def train_stage1(run):
+    """Train the VQ-GAN (Table 7), freeze it, and say how well it reconstructs.
+
+    It is short beside stage 2, so every process of a torchrun does all of it.
+    """
+    cfg, vqgan, disc = run.cfg, run.model.vqgan, run.disc
+    vqgan.train()
+    bar = run.bar(cfg["stage1.images"])
+    budget = cfg["minutes"] and 0.1 * cfg["minutes"]
+    while (progress := run.progress(cfg["stage1.images"], budget)) < 1:
+        torch.manual_seed(run.seed_of(1, run.seen[1]))
+        idx = torch.randint(len(run.ds), (cfg["stage1.batch"],), device=run.device)  # (B,)
+        x = to_float(run.ds.images(idx))  # (B, 3, 64, 64)
+        # Paper: names no schedule. Constant, then linearly to 0 over the second half.
+        lr = cfg["stage1.lr"] * min(1.0, 2 * (1 - progress))
+        # The first step restarts too: it puts the codes where the encoder's outputs are.
+        if run.seen[1] % cfg["stage1.restart_images"] < len(idx):
+            vqgan.codebook.restart(vqgan.encoder(x))
+
+        loss, row = stage1_losses(vqgan, disc, x, cfg["stage1.disc_weight"],
+                                  cfg["stage1.commitment"])
+        vqgan.zero_grad()
+        loss.backward()
+        if disc:  # its own loss, in place of what the line above left in its gradients
+            disc.zero_grad()
+            row["disc_loss"].backward()
+        step(run.optimizers, lr)
+        run.after_step(bar, len(idx), row)
+
+    run.write_row(bar)
+    vqgan.eval()
+    images = run.ds.images(run.fit_idx[:1024])
+    z = torch.cat([vqgan.encode(x) for x in images.split(128)])  # (n, Z, h, w)
+    vqgan.latent_std.mul_(z.std())
+    drawn = torch.cat([vqgan.reconstruct(x) for x in images.split(128)])  # (n, 3, 64, 64)
+    decibels = psnr(images, drawn)
+    run.log(reconstruction_psnr=decibels)
+    print(f"stage 1 done: reconstructions at {decibels:.1f} dB")
+    run.start_stage2()
+    run.save()  # whatever comes, stage 1 is not lost
+
+
+def train_stage2(run):
+    """Algorithm 1: extractor and U-Net together, anchors fitted anew after every r epochs."""
+    cfg, model, average = run.cfg, run.model, run.average
+    # The encoder is frozen and each image comes several times: keep the latents of all.
+    z0_pool = encode_pool(run)  # (n, Z, h, w)
+    fit_every = cfg["fit_every"] * (cfg["epoch_images"] or len(run.pool))
+    budget = cfg["minutes"] and max(0.96 * cfg["minutes"] - run.minutes[1], 1e-9)
+    net = model
+    if run.world > 1:  # averages the gradients, and hands process 0's buffers (anchors) to all
+        net = torch.nn.parallel.DistributedDataParallel(model)
+    model.extractor.train()
+    model.unet.train()
+    trained = [*model.extractor.parameters(), *model.unet.parameters()]
+    bar = run.bar(cfg["images"])
+    while (progress := run.progress(cfg["images"], budget)) < 1:
+        # The batch. Every process draws its own share of it.
+        torch.manual_seed(run.seed_of(2, run.seen[2], run.rank))
+        share = cfg["batch"] // run.world
+        idx = torch.randint(len(run.pool), (share,), device=run.device)  # (B/world,)
+        x0 = run.ds.images(run.pool[idx])  # (B/world, 3, 64, 64)
+        z0 = z0_pool[idx].float()  # (B/world, Z, h, w)
+
+        # The learning rate rises over the warm-up and falls to 0 at the very end.
+        seen = run.seen[2] + cfg["batch"]
+        lr = cfg["lr"] * min(1.0, seen / max(cfg["warmup"], 1))
+        lr *= min(1.0, (1 - progress) / max(cfg["decay"], 1e-9))
+
+        # Forward (where times, noise and dropout are drawn), loss, backward, step.
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
+            loss, delta = net(x0, z0)
+        net.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg["clip"] or math.inf)
+        step(run.optimizers, lr)
+
+        # Paper: LDM averages the U-Net alone. The extractor is what gets evaluated, so it too.
+        ema_update(average.extractor, model.extractor, cfg["ema_half_life"], cfg["batch"], seen)
+        ema_update(average.unet, model.unet, cfg["ema_half_life"], cfg["batch"], seen)
+
+        if seen // fit_every > run.seen[2] // fit_every:
+            fit_anchors(run, model, seen)
+        run.after_step(bar, cfg["batch"], {"loss": loss, "mean_delta": delta, "grad_norm": norm})
+
+    # The averaged weights have units of their own, which the training weights' anchors do not
+    # fit. So the average is unaligned (samples.png too) until it gets its anchors, here.
+    run.write_row(bar)
+    fit_anchors(run, average, run.seen[2])
+    run.finished = True
+
+
+def encode_pool(run):
+    """Latents of all images that stage 2 trains on, float16 (n, Z, h, w)."""
+    latents = []
+    for idx in tqdm(run.pool.split(500), "encoding, 500 images each", disable=run.rank > 0):
+        latents.append(run.model.vqgan.encode(run.ds.images(idx)).half())
+        run.leave_if_told()
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def fit_anchors(run, model, seen):
+    """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
+    if run.rank or not run.cfg["dyga.lam"]:
+        return  # process 0 fits for all; without anchors, or with lambda 0, c~ is c
+    model.extractor.eval()  # a unit must not depend on the rest of its batch
+    units = torch.cat([model.units(run.ds.images(idx)) for idx in run.fit_idx.split(500)])
+    model.extractor.train(model is run.model)
+    if not units.isfinite().all():
+        raise UserError(f"units are not finite at image {seen:,}; start again with a lower --lr")
+    generator = torch.Generator().manual_seed(run.seed_of(3, seen))
+    model.dyga.fit(units, generator)  # (n, N, D)
+    run.log(of="training" if model is run.model else "average",
+            anchors=model.dyga.mask.sum(1).tolist(),
+            converged=sum(model.dyga.report["converged"]))
+
+
+def make_optimizers(cfg, layers, others, betas, weight_decay):
+    """A list of one optimiser or two. Muon has the weights in `layers`, AdamW all the rest.
+
+    `others` are never Muon's: a codebook is a table of points, not a map between spaces.
+    """
+    adamw, muon = list(others), []
+    for p in layers:
+        chosen = muon if cfg["optimizer"] == "muon" and p.ndim > 1 else adamw
+        chosen.append(p)
+    # The learning rates are set at every step, see below. fused: the whole update in one kernel.
+    optimizers = [torch.optim.AdamW(adamw, 0.0, betas, weight_decay=weight_decay, fused=True)]
+    return optimizers + [Muon(muon, 0.0)] if muon else optimizers
+
+
+def step(optimizers, lr):
+    """One step of every optimiser at this learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+
+
+# --------------------------------------------------------------------------------------------------
+# The run: where it is in its course, and what it writes
+
+
+class Run:
+    """One training run: images, model, optimisers, and where in the course it is."""
+
+    def __init__(self, args, out, cfg, world):
+        self.cfg, self.out, self.device = cfg, out, args.device
+        self.ckpt_path, self.log_path = self.out / "ckpt.pt", self.out / "log.jsonl"
+        self.world, self.rank = world, dist.get_rank() if world > 1 else 0
+        self.bfloat16 = cfg["precision"] == "bfloat16"
+        if cfg["precision"] == "auto" and self.device.type == "cuda":
+            # Older GPUs emulate it slowly. On CPUs scores seemed to suffer.
+            self.bfloat16 = torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+        torch.manual_seed(self.seed_of(0))  # the initial weights
+        self.model = Model(cfg).to(self.device).eval()
+        self.disc = None
+        if cfg["stage1.disc_weight"]:
+            self.disc = PatchDiscriminator(cfg["stage1.disc_width"]).to(self.device)
+        reserve = check_memory(self) if self.device.type == "cuda" else 0
+        self.ds = data.load(args.dataset, args.data_dir, args.source, self.device, reserve)
+        if world > 1 and self.device.type == "cuda":  # BatchNorm over the whole batch
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)  # EMA, own anchors
+
+        # Fixed random samples: images that anchors are fitted to, images of stage 2.
+        generator = torch.Generator().manual_seed(self.seed_of(4))
+        order = torch.randperm(len(self.ds), generator=generator).to(self.device)
+        self.fit_idx = order[:cfg["fit_images"]]
+        self.pool = order[:cfg["pool_images"] or len(order)]
+
+        # For each stage: images seen, minutes spent.
+        self.seen, self.minutes = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}
+        self.stage, self.finished, self.stopped_by = 1, False, None
+        self.rows, self.log_bytes = [], 0
+        self.clock = self.saved = time.perf_counter()
+        # LDM's short memories where the loss moves with the discriminator, else longer ones.
+        betas = (0.5, 0.9) if self.disc else (0.9, 0.99)
+        encoder, codebook, decoder = self.model.vqgan.children()
+        layers = [*encoder.parameters(), *decoder.parameters()]
+        self.optimizers = make_optimizers(cfg, layers, codebook.parameters(), betas, 0.0)
+        if self.disc:
+            self.optimizers.append(torch.optim.AdamW(self.disc.parameters(), 0.0, betas))
+
+    def start_stage2(self):
+        """From the VQ-GAN's optimisers to those of the extractor and the U-Net."""
+        self.stage = 2
+        self.model.vqgan.eval().requires_grad_(False)
+        self.average.vqgan.load_state_dict(self.model.vqgan.state_dict())
+        layers = [*self.model.extractor.parameters(), *self.model.unet.parameters()]
+        # Weight decay 0.01: torch's and LDM's default; the paper names none.
+        self.optimizers = make_optimizers(self.cfg, layers, [], (0.9, 0.999), 0.01)
+
+    def seed_of(self, *place):
+        """A seed for this place in the course: what is random there depends on nothing else."""
+        sequence = np.random.SeedSequence([self.cfg["seed"], *place])
+        return int(sequence.generate_state(1)[0])
+
+    def progress(self, total, budget):
+        """Share of the stage that is done: of its images, or of its minutes if it has a budget."""
+        if budget:
+            return self.agree(self.minutes[self.stage] / budget)
+        return self.seen[self.stage] / total
+
+    def agree(self, number):
+        """The largest over all processes: one clock, one signal, or some would wait for ever."""
+        if self.world == 1:
+            return number
+        number = torch.tensor(float(number))
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def bar(self, total):
+        """A progress bar in a terminal; elsewhere a plain line a minute."""
+        style = {"dynamic_ncols": True}
+        if not sys.stderr.isatty():
+            style = {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
+        return tqdm(desc=f"stage {self.stage}", total=None if self.cfg["minutes"] else total,
+                    initial=self.seen[self.stage], unit=" images", disable=self.rank > 0, **style)
+
+    def after_step(self, bar, batch, row):
+        """Count images and minutes; every LOG_STEPS write a row, save if due, heed signals."""
+        now = time.perf_counter()
+        self.minutes[self.stage] += (now - self.clock) / 60
+        self.clock = now
+        self.seen[self.stage] += batch
+        bar.update(batch)
+        # Numbers stay on the device until the row is written: the CPU would wait for the GPU.
+        self.rows.append(torch.stack([value.detach() for value in row.values()]))
+        self.names = list(row)
+        if len(self.rows) == LOG_STEPS:
+            self.write_row(bar)
+            if now - self.saved > 60 * SAVE_MINUTES:
+                self.save()
+            self.leave_if_told()
+
+    def write_row(self, bar):
+        """Write and show the means of the steps since the last row. UserError if not finite."""
+        if not self.rows:
+            return
+        means = dict(zip(self.names, torch.stack(self.rows).mean(0).tolist()))
+        self.rows = []
+        bad = [name for name in means if not math.isfinite(means[name])]
+        if bad:
+            kept = self.ckpt_path if self.ckpt_path.exists() else "none yet"
+            raise UserError(f"{', '.join(bad)} of stage {self.stage} not finite at image "
+                            f"{self.seen[self.stage]:,} or shortly before; last good checkpoint: "
+                            f"{kept}; start again with a lower --lr (stage 1: --stage1.lr)")
+        self.log(**means, images_per_s=bar.format_dict["rate"])
+        bar.set_postfix_str(", ".join(f"{name} {means[name]:.3f}" for name in self.names[:2]),
+                            refresh=False)
+
+    def log(self, **row):
+        """Append a row to log.jsonl."""
+        if self.rank:
+            return
+        place = {"stage": self.stage, "images": self.seen[self.stage],
+                 "minutes": round(sum(self.minutes.values()), 3)}
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(place | row) + "\n")
+
+    def leave_if_told(self):
+        """After a signal: save, say how to go on, end the process."""
+        if self.agree(bool(self.stopped_by)):
+            self.save()
+            print(f"\nstopped by {self.stopped_by or 'another process'}; go on with the same "
+                  "command and --resume", file=sys.stderr)
+            sys.exit(130)  # as a shell counts a program that was interrupted
+
+    def save(self):
+        """Write all that the rest of the run depends on, as one file; then the pictures."""
+        self.saved = time.perf_counter()
+        if self.rank:
+            return  # one process writes
+        state = {
+            "format": FORMAT, "config": self.cfg, "stage": self.stage, "finished": self.finished,
+            "dataset": {"name": self.ds.name, "source": self.ds.source},
+            "stage1_images_seen": self.seen[1], "images_seen": self.seen[2],
+            "stage1_minutes": self.minutes[1], "minutes": sum(self.minutes.values()),
+            "log_bytes": self.log_path.stat().st_size,
+            "model": self.model.state_dict(), "average": self.average.state_dict(),
+            "disc": self.disc.state_dict() if self.disc else {},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        try:
+            with data.replacing(self.ckpt_path) as temporary, open(temporary, "wb") as file:
+                torch.save(state, file)  # plain tensors and values: weights_only=True reads it
+                file.flush()
+                os.fsync(file.fileno())  # on the disk before it gets its name
+        except (OSError, RuntimeError) as error:  # torch's own error hides the system's
+            reason = error.__context__ or error
+            raise UserError(f"{self.ckpt_path}: cannot be written ({reason}); the one before it "
+                            "stays, if any; make room and go on with --resume") from error
+        self.picture()
+
+    def restore(self, ckpt):
+        """Stand where the run that wrote ckpt stood. UserError if its parts do not fit."""
+        found, expected = ckpt["dataset"], {"name": self.ds.name, "source": self.ds.source}
+        if found != expected:
+            raise UserError(f"{self.ckpt_path}: its images are {found}, expected {expected}; give "
+                            "its --source")
+        try:
+            if ckpt["images_seen"]:
+                self.model.load_state_dict(ckpt["model"])
+                self.average.load_state_dict(ckpt["average"])
+            else:  # the networks of stage 2 are as new, and may have other settings now
+                self.model.vqgan.load_state_dict(part(ckpt["model"], "vqgan"))
+            if ckpt["stage"] == 2:
+                self.start_stage2()
+            elif self.disc:
+                self.disc.load_state_dict(ckpt["disc"])
+            for optimizer, state in zip(self.optimizers, ckpt["optimizers"], strict=True):
+                if state["state"]:
+                    optimizer.load_state_dict(state)
+            self.seen = {1: ckpt["stage1_images_seen"], 2: ckpt["images_seen"]}
+            self.minutes = {1: ckpt["stage1_minutes"], 2: ckpt["minutes"] - ckpt["stage1_minutes"]}
+            self.finished, self.log_bytes = ckpt["finished"], ckpt["log_bytes"]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.ckpt_path}: not as this train.py wrote it "
+                            f"({type(error).__name__}); train it again") from error
+
+    def picture(self):
+        """Write samples.png: input, through stage 1 and back, DDIM sample from its units alone."""
+        images, model = self.ds.images(self.fit_idx[:10]), self.average
+        if self.stage == 1:
+            model.vqgan.load_state_dict(self.model.vqgan.state_dict())
+        rows = [images, model.vqgan.reconstruct(images)]
+        if self.stage == 2:
+            noise = model.noise(len(images), torch.Generator().manual_seed(0))
+            c_tilde = model.dyga.align(model.units(images))
+            rows.append(model.sample(c_tilde, noise, min(50, self.cfg["ddim_steps"])))
+        title = f"{self.ds.name} ({self.ds.source}), {self.seen[2]:,} images seen in stage 2"
+        labels = ["input", "stage 1", "sample"][:len(rows)]
+        picture = data.image_grid(torch.stack(rows), labels, title=title, scale=2)
+        with data.replacing(self.out / "samples.png") as temporary:
+            picture.save(temporary)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def read_checkpoint(path):
-    """Read a checkpoint of this code safely (tensors and plain values only) -> dict. UserError for anything else."""
+    """A checkpoint of this code, read safely -> dict. UserError for anything else."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected a checkpoint of train.py, such as out/shapes3d-laptop/ckpt.pt")
+        raise UserError(f"{path}: no such file; expected a checkpoint of train.py, such as "
+                        "out/shapes3d-laptop/ckpt.pt")
     try:
-        check_archive(path)
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may carry
-    except Exception as error:  # foreign bytes can fail in any way, and nothing of ours runs inside this try
-        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, cut short, or of "
-                        "another program); expected a ckpt.pt of train.py (evaluate.py --released reads those of the "
-                        "paper's own code)") from error
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT or not isinstance(ckpt.get("config"), dict):
-        raise UserError(f"{path}: not a checkpoint of format {FORMAT}, as expected; train it again with this train.py, "
-                        "or give evaluate.py --released if it is a file of the paper's own code")
+        # torch.load ignores the file's checksums: a flipped bit would become a wrong weight.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # the first damaged part
+                raise zipfile.BadZipFile
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from a file
+    except Exception as error:  # foreign bytes fail in any way; nothing of ours is inside this try
+        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, "
+                        "cut short, or of another program); expected a ckpt.pt of train.py "
+                        "(tests/released.py converts those of the paper's code)") from error
+    known = isinstance(ckpt, dict) and ckpt.get("format") == FORMAT
+    if not known or not default_settings().keys() <= ckpt["config"].keys():
+        raise UserError(f"{path}: of another version of train.py, or of another program; expected "
+                        f"format {FORMAT}; train it again (tests/released.py converts files of the "
+                        "paper's code)")
     return ckpt
 
 
 def load_checkpoint(path, device="cpu"):
-    """Checkpoint file -> (averaged model in eval mode, the checkpoint). Before a course has ended, the average
-    has no anchors."""
+    """Checkpoint file -> (averaged model in eval mode, the checkpoint)."""
     ckpt = read_checkpoint(path)
+    if ckpt["stage"] == 1:
+        raise UserError(f"{path}: holds stage 1 only, expected both; finish it with --resume")
     try:
-        if not ckpt["images_seen"]:
-            raise UserError(f"{path}: holds stage 1 only, expected both; finish the run with train.py --resume first")
         model = Model(ckpt["config"])
-        model.load_state_dict(ckpt["model"] | ckpt["average"])  # averaged weights over training ones
+        model.load_state_dict(ckpt["average"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not as this train.py expected it ({type(error).__name__}); train it again") from error
+        raise UserError(f"{path}: not as this train.py wrote it ({type(error).__name__}), expected "
+                        "all parts; train it again") from error
     return model.to(device).eval(), ckpt
 
 
-def loss_picture(log_path, path):
-    """Figure 7: draw stage 2's loss from log.jsonl over images seen, as PNG; one point at 0 if there is none yet."""
-    rows = [json.loads(line) for line in log_path.read_text().splitlines() if line[-1:] == "}"]  # the last may be torn
-    curve = [(row["images"], row["loss"]) for row in rows if "loss" in row] or [(0, 0.0)]
-    (x0, x1), (y0, y1) = ((min(axis), max(axis)) for axis in zip(*curve))
-    image, font = Image.new("RGB", (720, 420), "white"), ImageFont.load_default(size=13)
-    draw = ImageDraw.Draw(image)
-    for i in range(5):  # grid lines, and the numbers beside them
-        x, y = 64 + 160 * i, 374 - 85 * i
-        draw.line([(64, y), (704, y)], fill="#dddddd")
-        draw.text((58, y), f"{y0 + (y1 - y0) * i / 4:.3g}", "black", font, anchor="rm")  # right, middle
-        draw.text((x, 380), f"{x0 + (x1 - x0) * i / 4:,.0f}", "black", font, anchor="mt" if i < 4 else "rt")
-    draw.line([(64 + 640 * (x - x0) / (x1 - x0 or 1), 374 - 340 * (y - y0) / (y1 - y0 or 1)) for x, y in curve], "blue")
-    draw.text((360, 8), "Training loss (Figure 7) over images seen in stage 2", "black", font, anchor="mt")
-    with data.replacing(path) as temporary:
-        image.save(temporary)
+# --------------------------------------------------------------------------------------------------
+# Settings: default < preset < dataset < flag
+#
+# One row a setting: name, default (* stands in the signature of the class), least and most or
+# choices, help. Section C.1 unless the help says otherwise.
+
+TABLE = """
+stage1.images          2_000_000  1..1e12    images that stage 1 sees (not in the paper)
+stage1.batch           64         1..1e5     images per step of stage 1 (not in the paper)
+stage1.lr              2e-4       0..1       learning rate of stage 1 (not in the paper)
+stage1.disc_weight     0.75       0..100     of the discriminator; 0 leaves it out altogether
+stage1.disc_width      64         1..1024    width of the discriminator's first layer
+stage1.commitment      0.25       0..100     weight of the encoder's term of the codebook loss
+stage1.restart_images  100_000    1..1e12    images between two rescues of unused codes
+images                 10_000_000 1..1e12    images that stage 2 sees (not in the paper)
+pool_images            0          0..1e12    different ones among these, at random; 0: all there are
+batch                  512        1..1e5     images per step of stage 2
+lr                     1e-4       0..1       learning rate of stage 2
+optimizer              adamw      adamw|muon                of both stages (not in the paper)
+warmup                 0          0..1e12    images over which the learning rate rises from 0
+decay                  0.0        0..1       last share of the course in which it falls to 0
+clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
+loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
+t_sampling             uniform    uniform|logit_normal      how t is drawn in training
+ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
+precision              auto       auto|float32|bfloat16     of stage 2; auto: bfloat16 on a GPU
+epoch_images           0          0..1e12    length of an epoch; 0: one pass over the pool
+fit_every              1          1..1e6     r: epochs between two fits of the anchors
+fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
+ddim_steps             100        1..1000    steps of a DDIM sample
+vqgan.channels         *          1..1024    width of the first level
+vqgan.multipliers      *          1..64      width of each level, in channels
+vqgan.res_blocks       *          1..16      residual blocks a level
+vqgan.z_channels       *          1..256     numbers per latent position
+vqgan.codebook_size    *          1..1e6     codes
+vqgan.patch            *          1..64      side of the patches folded into channels (paper: 1)
+vqgan.group_channels   *          1..1024    least channels in a group of GroupNorm (LDM: 1)
+extractor.n_units      *          1..4096    N (released configuration: 20)
+extractor.unit_dim     *          2..4096    D, numbers of a unit
+extractor.channels     *          1..4096    of the convolutions
+extractor.hidden       *          1..1e5     widths of the dense layers
+extractor.unit_hidden  *          1..1e5     widths of a unit's private MLP
+extractor.shrink       *          1..64      average this many pixels squared first (paper: 1)
+extractor.unit_relu    *          0..1       end every unit in a ReLU
+extractor.fsq_levels   *          2..1000    Table 11's rival of DyGA: 8 5 5, with --dyga.lam 0
+dyga.k_init            *          1..1024    anchors a unit to start with
+dyga.k_max             *          1..1024    anchors a unit at most
+dyga.max_iter          *          1..1e4     EM iterations at most
+dyga.lam               *          0..1       lambda of equation 6; 0 switches alignment off
+dyga.accept            *          always|bic which splits are kept; bic: those that improve the BIC
+dyga.d_max             *          1..4096    main directions of a component at most
+dyga.spread            *          0..1e6     a wider cluster is split, in scales of its unit
+dyga.split_odds        *          0..1       chance of other clusters to be split (accept always)
+dyga.min_samples       *          1..1e6     smaller clusters are dropped
+dyga.min_fraction      *          0..1       clusters of a smaller share are dropped
+dyga.tol               *          0..1e6     EM ends when its mean log-likelihood rises by less
+unet.base              *          2..4096    width of the first level
+unet.multipliers       *          1..64      width of each level, in base
+unet.res_blocks        *          1..16      residual blocks a level on the way down
+unet.attention_at      *          1..64      downsampling factors that have Transformers
+unet.heads             *          1..256     attention heads
+unet.groups            *          1..4096    of every GroupNorm
+unet.dropout           *          0..0.99    inside the residual blocks
+unet.skip_dropout      *          0..0.99    1 - p of equation 7
+unet.skip_dropout_where * released|text      which skips (see unet.py)
+unet.backbone_dropout  *          0..0.99    Table 12's control
+unet.self_attention    *          0..1       self-attention in the Transformers
+"""
+SETTINGS = {row.split()[0]: row.split(maxsplit=3)[1:] for row in TABLE.strip().splitlines()}
+PARTS = {"vqgan": VQGAN, "extractor": Extractor, "dyga": DyGA, "unet": UNet}
 
 
-# ---- Many processes (torchrun) ---------------------------------------------------------------------------------------
-# First reading: skip to "The run"; with one process nothing here does anything. Several split the batches of stage 2,
-# and compute what one would. Stage 1 is short: every process does all of it. Process 0 alone fits anchors (the others
-# receive them), draws pictures and writes.
-
-
-class Average(torch.autograd.Function):
-    """The mean of a tensor over all processes, by `Average.apply`; so its gradient is the mean of their gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Average.forward(ctx, gradient)
-
-
-class WholeBatch(TorchFunctionMode):
-    """Within it, a network that sees one process's rows of a batch computes as if it saw all rows.
-
-    Random numbers are drawn for the whole batch, of which each process keeps its own rows: noise, times and dropout are
-    those of one process (tested on CPUs), and the generators of all processes stay equal, so that the one in the
-    checkpoint is everybody's.
-    BatchNorm (the extractor's) takes its statistics over all processes, or their number would change what is learnt;
-    torch's own SyncBatchNorm does so too, but on GPUs only. The mode catches the calls, so the networks need not know.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.batch_norm and kwargs["training"]:
-            return self.batch_norm(*args, **kwargs)
-        if func is F.dropout and kwargs["training"] and kwargs["p"] > 0:
-            x, kept = args[0], 1 - kwargs["p"]
-            return x * self.rows(lambda shape: x.new_empty(shape).bernoulli_(kept), x.shape).div_(kept)
-        if func is torch.randn_like:
-            return self.rows(lambda shape: torch.randn(shape, device=args[0].device), args[0].shape)
-        if func in (torch.rand, torch.randn, torch.randint):  # the shape, or one number, is their last argument
-            shape = (args[-1],) if isinstance(args[-1], int) else args[-1]
-            return self.rows(lambda shape: func(*args[:-1], shape, **kwargs), shape)
-        return func(*args, **kwargs)
-
-    def rows(self, draw, shape):
-        """Draw for the whole batch, keep the rows of this process: shape (B/world, ...)."""
-        world = dist.get_world_size()
-        return draw((world * shape[0], *shape[1:])).chunk(world)[dist.get_rank()]
-
-    def batch_norm(self, x, running_mean, running_var, weight, bias, training, momentum, eps):
-        """F.batch_norm of x (B/world, C, H, W) with the mean and variance of all B images, which gradients pass
-        through."""
-        h = x.float()
-        mean = Average.apply(h.mean((0, 2, 3)))  # (C,)
-        h = h - mean[:, None, None]
-        var = Average.apply(h.square().mean((0, 2, 3)))  # (C,)
-        n = dist.get_world_size() * h[:, 0].numel()
-        running_mean.lerp_(mean.detach(), momentum)
-        running_var.lerp_(var.detach() * n / (n - 1), momentum)
-        return (h * ((var + eps).rsqrt() * weight)[:, None, None] + bias[:, None, None]).to(x.dtype)
-
-
-def join_processes(device):
-    """Under torchrun: meet the other processes. Else nothing."""
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # A process that dies ends the run: torchrun stops the others; failing that, they wait no longer than this.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(minutes=10))
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
-
-
-# ---- The run --------------------------------------------------------------------------------------------------------
-
-
-class Run:
-    """One training run: the images, the model, and where in the course it is. Its methods are the two stages."""
-
-    def __init__(self, args, cfg, ckpt=None):
-        self.cfg, self.out, self.device = cfg, Path(args.out), args.device
-        self.log_path, self.ckpt_path = self.out / "log.jsonl", self.out / "ckpt.pt"
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if cfg["batch"] % self.world:
-            raise UserError(f"--batch {cfg['batch']} cannot be split over {self.world} processes; choose a multiple")
-        self.data = data.load(args.dataset, args.data_dir, args.source, self.device)  # may raise UserError
-        self.clock = time.perf_counter()  # after an official file's conversion, which may take long, but only once
-        torch.manual_seed(cfg["seed"])  # initial weights, noise, times and dropout all come from here
-        identity = {"name": self.data.name, "source": self.data.source}
-        other = read_checkpoint(args.stage1_from) if args.stage1_from and not ckpt else ckpt
-        if other and other.get("dataset") != identity:
-            raise UserError(f"the checkpoint's images are {other.get('dataset')}, found {identity}; give its --source")
-        if other is not ckpt and other.get("stage") != 2:
-            raise UserError(f"{args.stage1_from}: its stage 1 has not ended; finish that run first, with --resume")
-        try:
-            self.model = Model(cfg).to(self.device).eval()
-            if args.stage1_from and not ckpt:
-                self.model.vqgan.load_state_dict(part(other["model"], "vqgan"))
-            optimizer = {"adamw": torch.optim.AdamW, "muon": Muon}[cfg["optimizer"]]
-            # Losses and optimisers of the VQ-GAN.
-            self.stage1 = Stage1(self.model.vqgan, **part(cfg, "stage1"), optimizer=optimizer)
-            # fused: the whole update in one kernel, where a loop over tensors would start hundreds.
-            # Weight decay 0.01: torch's and LDM's default; the paper names none.
-            self.opt = optimizer([*self.model.extractor.parameters(), *self.model.unet.parameters()], cfg["lr"],
-                                 weight_decay=0.01, fused=True)
-            # One black image through everything: what does not fit together must fail now, not after stage 1.
-            black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=self.device)
-            self.model.sample(self.model.units(black), self.model.vqgan.encode(black), steps=1)
-        except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"these settings do not fit together: {error}") from error
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)  # the EMA, with anchors of its own
-        # Per stage: images in a step, in all, seen so far, and minutes spent.
-        self.batch, self.total = {1: cfg["stage1_batch"], 2: cfg["batch"]}, {1: cfg["stage1_images"], 2: cfg["images"]}
-        self.seen, self.minutes, self.stage, self.stopped_by = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}, 1, None
-        self.sums = {}  # of what the next row of the log averages
-        self.log_bytes, self.failed_fits, self.finished = 0, 0, False
-        if ckpt:
-            try:
-                self.take_over(ckpt)
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise UserError(f"{self.ckpt_path}: not as this train.py wrote it ({type(error).__name__})") from error
-        elif args.stage1_from:
-            self.seen[1] = self.total[1]  # nothing left to train in stage 1
-        # Fixed random samples: images that the anchors are fitted to, and images that stage 2 trains on. All of these
-        # are encoded first, so there should not be more than it has the time to see.
-        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(cfg["seed"]))
-        pool_images = cfg["pool_images"] or len(order)
-        self.fit_idx = order[:cfg["fit_images"]]
-        self.pool = order[:pool_images if cfg["minutes"] else min(pool_images, cfg["images"])]
-
-    def save(self):
-        """Write all that the rest of the run depends on, as one file that is always whole; then the pictures."""
-        self.check_finite(self.seen[self.stage])
-        if self.rank:
-            return  # one process writes
-        # The average shares the frozen stage 1 with the model: no need to write it twice.
-        average = {k: v for k, v in self.average.state_dict().items() if not k.startswith("vqgan.")}
-        state = {
-            "format": FORMAT, "config": self.cfg, "stage": self.stage, "log_bytes": self.log_path.stat().st_size,
-            "dataset": {"name": self.data.name, "source": self.data.source}, "images_seen": self.seen[2],
-            "stage1_images_seen": self.seen[1], "minutes": sum(self.minutes.values()), "sums": self.sums,
-            "failed_fits": self.failed_fits, "finished": self.finished,
-            "stage1_minutes": self.minutes[1], "model": self.model.state_dict(), "average": average,
-            "training": (self.stage1 if self.stage == 1 else self.opt).state_dict(), "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
-        try:
-            with data.replacing(self.ckpt_path) as temporary, open(temporary, "wb") as f:
-                torch.save(state, f)  # plain tensors and values only: weights_only=True must be able to read it
-                f.flush()
-                os.fsync(f.fileno())  # on the disk before it gets its name: no power cut leaves half of it
-        except (OSError, RuntimeError) as error:  # torch's own error hides the system's, such as "no space left"
-            raise UserError(f"{self.ckpt_path}: cannot be written ({error.__context__ or error}); the one before it "
-                            "stays, if there is one; make room and go on with --resume") from error
-        self.pictures()
-
-    def take_over(self, ckpt):
-        """Stand where the run that wrote `ckpt` stood."""
-        self.stage, self.sums = ckpt["stage"], ckpt["sums"]
-        self.log_bytes, self.failed_fits = ckpt["log_bytes"], ckpt.get("failed_fits", 0)
-        self.finished = ckpt.get("finished", False)
-        self.seen = {1: ckpt["stage1_images_seen"], 2: ckpt["images_seen"]}
-        self.minutes = {1: ckpt["stage1_minutes"], 2: ckpt["minutes"] - ckpt["stage1_minutes"]}
-        if self.stage not in self.seen:
-            raise ValueError(f"stage {self.stage}")
-        self.model.load_state_dict(ckpt["model"])
-        self.average.load_state_dict(ckpt["model"] | ckpt["average"])  # stage 1 from the one, the rest from the other
-        (self.stage1 if self.stage == 1 else self.opt).load_state_dict(ckpt["training"])
-        torch.set_rng_state(ckpt["rng"])  # the next noise is the one that would have come
-        if ckpt["rng_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(ckpt["rng_cuda"], self.device)
-
-    def check_finite(self, seen):
-        """UserError if a number of the steps since the last row is not finite; the last checkpoint stays as it is."""
-        bad = [name for name, value in self.sums.items() if not math.isfinite(float(value))]
-        if bad:
-            kept = f"last good checkpoint: {self.ckpt_path if self.ckpt_path.exists() else 'none yet'}"
-            flag, step = "stage1.lr" if self.stage == 1 else "lr", seen // self.batch[self.stage]
-            raise UserError(f"{', '.join(bad)} of stage {self.stage} is not finite at step {step:,} (image {seen:,}) "
-                            f"or shortly before; {kept}; start again with a lower --{flag}")
-
-    def log(self, stage, images, **row):
-        """Append a row to log.jsonl."""
-        if self.rank:
-            return
-        row = {"stage": stage, "images": images, "minutes": round(sum(self.minutes.values()), 3)} | row
-        with open(self.log_path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def tally(self, stage, **values):
-        """Add up one step's numbers, 0-dim tensors; 150 times in a stage, log their means and show them in the bar."""
-        # The sums stay on the device: to read a number at every step, the CPU would have to wait for the GPU.
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in (values | {"steps": 1}).items()}
-        if self.crosses(stage, max(self.total[stage] // 150, self.batch[stage])):
-            self.check_finite(self.seen[stage] + self.batch[stage])
-            steps = self.sums.pop("steps")  # how many steps were added up
-            row = {name: float(value) / steps for name, value in self.sums.items()}  # here the CPU waits
-            self.log(stage, self.seen[stage] + self.batch[stage], **row, images_per_s=self.bar.format_dict["rate"])
-            shown = ("psnr", "codes_used") if stage == 1 else ("loss", "mean_delta")  # the numbers to watch
-            self.bar.set_postfix({name: f"{row[name]:.3f}" for name in shown}, refresh=False)
-            self.sums = {}
-
-    def tick(self, stage):
-        """Book all time since the last tick, be it data, steps, fits or pictures, under this stage."""
-        now = time.perf_counter()
-        self.minutes[stage] += (now - self.clock) / 60
-        self.clock = now
-
-    def agree(self, *numbers):
-        """The largest of each number over all processes: one clock, one signal, or some would wait for ever."""
-        numbers = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, so that no GPU has to be waited for
-        if self.world > 1:
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return numbers.tolist()
-
-    def crosses(self, stage, every):
-        """Does this step take the count of images over a multiple of `every`?"""
-        return (self.seen[stage] + self.batch[stage]) // every > self.seen[stage] // every
-
-    def batches(self, stage):
-        """Endless batches of indices: into the data in stage 1, into the pool in stage 2. Each pass over them has an
-        order of its own, which (seed, stage, pass) alone decides: a resumed run meets the same batches as one that
-        never stopped."""
-        batch, size = self.batch[stage], len(self.data if stage == 1 else self.pool)
-        per_pass, last = max(size // batch, 1), None  # a pass drops what does not fill a batch
-        while True:
-            turn, place = divmod(self.seen[stage] // batch, per_pass)  # which pass, which batch of it
-            if turn != last:
-                draw = torch.Generator().manual_seed(self.cfg["seed"] * 1_000_003 + 10 * turn + stage)
-                # On the images' device, once: a GPU would have to be waited for if each batch were sent on its own.
-                order, last = torch.randperm(size, generator=draw).to(self.device), turn
-            yield order[place * batch:(place + 1) * batch]  # (B,)
-
-    def course(self, stage):
-        """Yield (indices, progress in [0, 1)) until the stage is over, and do all that goes by the clock: bar,
-        minutes, checkpoints, pictures, signals. Progress counts images, or with --minutes the time."""
-        total = self.total[stage]
-        # A borrowed stage 1 has nothing left to do.
-        budget = None if stage == 1 and self.cfg["stage1_from"] else self.cfg["minutes"]
-        if budget:  # 4% stay free for the last fit and pictures
-            budget = STAGE1_SHARE * budget if stage == 1 else max(1e-9, 0.96 * budget - self.minutes[1])
-        self.bar = tqdm(total=None if budget else total, initial=self.seen[stage], unit=" images", smoothing=0.05,
-                        desc=f"stage {stage}", dynamic_ncols=True, disable=self.rank > 0)
-        saved = time.perf_counter()
-        for idx in self.batches(stage):
-            progress = self.minutes[stage] / budget if budget else self.seen[stage] / total
-            if progress >= 1:
-                return self.bar.close()
-            yield idx, progress  # the caller trains on this batch, then we go on
-            self.seen[stage] += len(idx)
-            self.bar.update(len(idx))
-            self.tick(stage)
-            due = self.clock - saved > 60 * SAVE_MINUTES
-            self.minutes[stage], stop, due = self.agree(self.minutes[stage], bool(self.stopped_by), due)
-            if stop:
-                self.leave()
-            if due:
-                self.save()
-                saved = time.perf_counter()
-
-    def leave(self):
-        """Save, say how to go on, end the process."""
-        self.save()
-        by = self.stopped_by or "another process"
-        print(f"\nstopped by {by}; go on with the same command and --resume", file=sys.stderr)
-        sys.exit(130)  # as a shell counts a program that was interrupted
-
-    def train_stage1(self):
-        """Train the VQ-GAN, freeze it, and say how well it reconstructs."""
-        for idx, progress in self.course(1):
-            self.tally(1, **self.stage1.step(self.data.images(idx), self.seen[1], progress))
-        self.check_finite(self.seen[1])
-        psnr = self.stage1.finish(self.data.images(self.fit_idx[:1024]))  # freezes it, sets latent_std from these
-        self.average.load_state_dict(self.model.state_dict())  # the EMA starts from here, with the trained stage 1
-        self.stage, self.sums = 2, {}
-        self.log(1, self.seen[1], reconstruction_psnr=psnr, latent_std=self.model.vqgan.latent_std.item())
-        print(f"stage 1 done: reconstructions at {psnr:.1f} dB")
-
-    def train_stage2(self):
-        """Algorithm 1: extractor and U-Net together, anchors fitted anew after every r epochs."""
-        cfg, model, bfloat16 = self.cfg, self.model, in_bfloat16(self.cfg, self.device)
-        model.vqgan.eval().requires_grad_(False)
-        # Wrapped, all processes start from the weights of process 0, every forward pass takes over its buffers (new
-        # anchors, for one), and every backward pass averages the gradients.
-        many = self.world > 1
-        net = torch.nn.parallel.DistributedDataParallel(model) if many else model
-        # The encoder is frozen and each image comes several times: its latent is computed once and stays in memory.
-        pool = self.pool.to(self.device)  # (n,) which images
-        latents = []
-        for idx in tqdm(pool.split(500), desc="encoding the pool, 500 images each", disable=self.rank > 0):
-            latents.append(model.vqgan.encode(self.data.images(idx)).half())
-            if any(self.agree(bool(self.stopped_by))):
-                self.leave()
-        latents = torch.cat(latents)  # (n, Z, h, w)
-        model.extractor.train()
-        model.unet.train()
-        for idx, progress in self.course(2):
-            seen = self.seen[2] + len(idx)
-            warm = min(1.0, seen / max(cfg["warmup"], 1))  # rises to 1
-            fall = min(1.0, (1 - progress) / cfg["decay"]) if cfg["decay"] else 1.0  # falls to 0 at the very end
-            self.opt.param_groups[0]["lr"] = cfg["lr"] * warm * fall
-            own = idx.chunk(self.world)[self.rank]  # (B/world,) the rows of this process
-            images, z0 = self.data.images(pool[own]), latents[own].float()  # x0 uint8 (B/world, 3, 64, 64), latents
-            with (torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16),
-                  WholeBatch() if many else contextlib.nullcontext()):
-                loss, delta = net(images, z0)
-            self.opt.zero_grad(set_to_none=True)  # no zeros to write, none to add to
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.opt.param_groups[0]["params"], cfg["clip"] or math.inf)
-            self.opt.step()
-            # Paper: LDM averages the U-Net alone. The extractor is what gets evaluated, so it is averaged too.
-            ema_update(self.average.extractor, model.extractor, cfg["ema_half_life"], len(idx), seen)
-            ema_update(self.average.unet, model.unet, cfg["ema_half_life"], len(idx), seen)
-            shown = torch.stack([loss.detach(), delta])
-            shown = Average.apply(shown) if many else shown  # of the whole batch
-            self.tally(2, loss=shown[0], mean_delta=shown[1], grad_norm=norm)
-            if self.crosses(2, (cfg["epoch_images"] or len(pool)) * cfg["fit_every"]):
-                self.fit_anchors(model, seen)
-        # The averaged weights have units of their own, which the training weights' anchors do not fit.
-        self.fit_anchors(self.average, self.seen[2])
-        self.finished = True
-
-    def fit_anchors(self, model, seen):
-        """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
-        if self.cfg["anchors"] != "dyga" or self.rank:
-            return  # a DyGA that was never fitted hands units on unchanged; of many processes, the first fits for all
-        self.check_finite(seen)
-        started, training = time.perf_counter(), model.extractor.training
-        model.extractor.eval()  # BatchNorm's running statistics: a unit must not depend on the rest of its batch
-        units = torch.cat([model.units(self.data.images(idx)) for idx in self.fit_idx.split(500)])  # (n, N, D)
-        model.extractor.train(training)
-        draw = torch.Generator().manual_seed(self.cfg["seed"] * 1_000_003 + seen)
-        trial = copy.deepcopy(model.dyga)  # a fit that fails may leave half of its work behind
-        try:
-            trial.fit(units, generator=draw)
-            if not all(buffer.isfinite().all() for buffer in trial.buffers()):
-                raise ValueError("the anchors are not finite")
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            print(f"\nno anchors at image {seen:,} ({error}): unaligned until the next fit", file=sys.stderr)
-            self.failed_fits += 1
-            for buffer in (model.dyga.live, model.dyga.mask):
-                buffer.zero_()  # as before the first fit: units come back unchanged
+def default_settings():
+    """Every setting's default, the paper's value: {name: value}."""
+    defaults = {}
+    for name, (text, _, _) in SETTINGS.items():
+        if text == "*":
+            network, argument = name.split(".")
+            value = inspect.signature(PARTS[network]).parameters[argument].default
+            defaults[name] = list(value) if isinstance(value, tuple) else value
         else:
-            model.dyga.load_state_dict(trial.state_dict())
-        self.log(2, seen, of="average" if model is self.average else "training", fit_s=time.perf_counter() - started,
-                 anchors=model.dyga.mask.sum(1).tolist(), failed_fits=self.failed_fits,
-                 converged=sum(trial.report.get("converged", [])),  # units whose last EM run did, of N
-                 fit_mean_delta=model.dyga.delta(units).mean().item() if model.dyga.live.any() else 0.0)
-
-    def pictures(self):
-        """Write samples.png and loss.png."""
-        images, model, labels = self.data.images(self.fit_idx[:10]), self.average, ["input", "stage 1", "sample"]
-        # The average's stage 1 is a copy from the start of stage 2; until then look at the one in training.
-        rows = [images, (model if self.stage == 2 else self.model.eval()).vqgan.reconstruct(images)]
-        if self.stage == 2:
-            noise = model.noise(len(images), torch.Generator().manual_seed(0))  # the same in every picture of this run
-            rows.append(model.sample(model.dyga.align(model.units(images)), noise, min(50, self.cfg["ddim_steps"])))
-        title = f"{self.data.name} ({self.data.source}), {self.seen[2]:,} images seen in stage 2"
-        with data.replacing(self.out / "samples.png") as temporary:
-            data.image_grid(torch.stack(rows), labels[:len(rows)], title=title, scale=2).save(temporary)
-        loss_picture(self.log_path, self.out / "loss.png")
+            defaults[name] = text if text[0].isalpha() else ast.literal_eval(text)
+    return defaults
 
 
-def in_bfloat16(cfg, device):
-    """Does stage 2 compute in bfloat16? Not by itself on a CPU: where that has instructions for it (AVX512-BF16), a
-    laptop step takes two thirds of the time, but FactorVAE seems to suffer (README, Numbers); elsewhere it is slower.
+def build_parser():
+    """Every flag with its help; the settings' defaults are the paper's."""
+    p = data.Parser(
+        formatter_class=argparse.HelpFormatter,
+        description="Train disentangled latent units with a diffusion model. In brackets: the "
+        "paper's value (or ours where it has none), and the range. A preset changes some.")
+    p.add_argument("--dataset", required=True, choices=list(data.DATASETS))
+    p.add_argument("--preset", default="auto", choices=["auto", *PRESETS],
+                   help="auto: paper on CUDA, laptop on a CPU")
+    p.add_argument("--out", help="folder for everything written (default out/DATASET-PRESET)")
+    p.add_argument("--data_dir", default="data", help="folder of the datasets' files")
+    p.add_argument("--source", default="auto", choices=["auto", "official", "rendered"])
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    p.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out")
+    p.add_argument("--stage1_only", action="store_true", help="stop after stage 1")
+    p.add_argument("--seed", type=int, default=0, help="same seed, CPU, threads: same numbers [0]")
+    p.add_argument("--minutes", type=float, help="fit the course into them (not reproducible)")
+    for name, default in default_settings().items():
+        _, limits, text = SETTINGS[name]
+        kind = {"type": type(default)}
+        if isinstance(default, bool):  # --unet.self_attention and --no-unet.self_attention
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, str):
+            kind = {"choices": limits.split("|")}
+        elif isinstance(default, list):  # --unet.multipliers 1 2 4 4
+            kind = {"type": int, "nargs": "+"}
+        p.add_argument(f"--{name}", default=default, **kind, help=f"{text} [{default}; {limits}]")
+    return p
+
+
+def parse():
+    """The command line -> args, settings (a plain dict), checkpoint to resume or None."""
+    parser = build_parser()
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+    preset = args.preset
+    if preset == "auto":
+        preset = "paper" if args.device.type == "cuda" else "laptop"
+    out = Path(args.out or f"out/{args.dataset}-{preset}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file is there; expected a folder, or nothing yet")
+    if (out / "ckpt.pt").exists() and not args.resume:
+        raise UserError(f"{out} holds a run already; add --resume to go on with it, or choose "
+                        "another --out")
+
+    ckpt = None
+    begun = PRESETS[preset] | {"preset": preset}
+    if preset == "paper":
+        begun |= PER_DATASET.get(args.dataset, {})
+    if args.resume:  # a run goes on with the settings that it began with
+        ckpt = read_checkpoint(out / "ckpt.pt")
+        begun = ckpt["config"]
+    parser.set_defaults(**begun)
+    found = vars(parser.parse_args())
+    cfg = {name: found[name] for name in [*SETTINGS, "preset", "seed", "minutes"]}
+    if cfg["preset"] == "auto":
+        cfg["preset"] = preset
+    if ckpt:
+        refuse_contradictions(cfg, ckpt)
+    return args, out, cfg, ckpt
+
+
+def refuse_contradictions(cfg, ckpt):
+    """UserError if a flag beside --resume differs from the checkpoint's settings.
+
+    The learning rate follows the course planned at the start, so a longer course is another run
+    from its first step. But as long as stage 2 has not begun, its flags may still be changed: to
+    try several, copy the folder of a finished stage 1, and resume each copy.
     """
-    return cfg["precision"] == "bfloat16" or cfg["precision"] == "auto" and device.type == "cuda"
+    for name, held in ckpt["config"].items():
+        stage1 = name.startswith(("vqgan.", "stage1.")) or name in ("preset", "minutes")
+        if cfg[name] != held and (stage1 or ckpt["stage"] == 1 or ckpt["images_seen"]):
+            raise UserError(f"--{name} {cfg[name]}: the run to resume began with {held}; leave it "
+                            "out, or choose another --out")
+
+
+def check_settings(cfg, world):
+    """UserError for a number out of its range, and for numbers that do not fit each other."""
+    ranges = {name: limits for name, (_, limits, _) in SETTINGS.items() if ".." in limits}
+    ranges |= {"seed": "0..4294967295", "minutes": "0.01..1e6"}
+    for name, limits in ranges.items():
+        least, most = map(float, limits.split(".."))
+        values = cfg[name] if isinstance(cfg[name], list) else [cfg[name]]
+        for value in values:
+            if value is not None and not least <= value <= most:  # nan is in no range
+                raise UserError(f"--{name} {value}: expected {limits}")
+
+    side = 64 / cfg["vqgan.patch"] / 2 ** (len(cfg["vqgan.multipliers"]) - 1)  # of a latent
+    halved = side / 2 ** (len(cfg["unet.multipliers"]) - 1)
+    kept = 64 / cfg["extractor.shrink"] / 2 ** (len(cfg["extractor.channels"]) - 1)
+    unit = math.lcm(2, cfg["unet.groups"], cfg["unet.heads"])
+    for name, fits, expected in [
+        ("vqgan.patch", side % 1 == 0, "64 pixels to be divisible by it and by all halvings"),
+        ("unet.multipliers", halved % 1 == 0, f"fewer, as a latent has {side:g} pixels a side"),
+        ("extractor.channels", kept >= 1, "fewer: all but one halve the image"),
+        ("vqgan.channels", cfg["vqgan.channels"] % cfg["vqgan.group_channels"] == 0,
+         "a multiple of --vqgan.group_channels"),
+        ("unet.base", cfg["unet.base"] % unit == 0, "a multiple of 2, --unet.groups and .heads"),
+        ("dyga.k_init", cfg["dyga.k_init"] <= cfg["dyga.k_max"], "at most --dyga.k_max"),
+        ("batch", cfg["batch"] % world == 0, f"a multiple of {world} processes"),
+    ]:
+        if not fits:
+            raise UserError(f"--{name} {cfg[name]}: expected {expected}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The machine
 
 
 def pick_device(text):
     """--device -> torch.device. UserError if there is no such device here."""
-    text = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cuda" and dist.is_torchelastic_launched():
         text = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU for each process of torchrun
     try:
-        return torch.zeros(1, dtype=torch.float64, device=text).device  # DyGA.fit needs float64; Apple's MPS has none
+        # DyGA.fit needs float64, which Apple's MPS does not have: Macs train on the CPU.
+        return torch.zeros(1, dtype=torch.float64, device=text).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"--device {text}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {text}: cannot be used here ({reason}); try cpu") from error
+
+
+def check_memory(run):
+    """Does a step of stage 2 fit into the GPU? -> bytes it takes. UserError naming a batch."""
+    for halvings in range(20):
+        batch = run.cfg["batch"] // 2 ** halvings
+        try:
+            trial_step(run, batch // run.world)
+        except torch.OutOfMemoryError:
+            continue
+        if not halvings:
+            return torch.cuda.max_memory_allocated(run.device)
+        raise UserError(f"--batch {run.cfg['batch']}: a step of stage 2 does not fit into the "
+                        f"memory of {run.device}; expected at most --batch {batch}")
+    raise UserError("not even one image fits into the GPU's memory; try --device cpu")
+
+
+def trial_step(run, batch):
+    """Forward, backward and optimiser of stage 2 at full size, on a copy of the model."""
+    model = copy.deepcopy(run.model).train()
+    images = torch.zeros(batch, 3, 64, 64, dtype=torch.uint8, device=run.device)
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
+        loss, _ = model(images, model.vqgan.encode(images))
+    loss.backward()
+    layers = [*model.extractor.parameters(), *model.unet.parameters()]
+    step(make_optimizers(run.cfg, layers, [], (0.9, 0.999), 0.0), lr=0.0)
+
+
+def lock(path):
+    """Hold the log open and locked: a second run in its folder is refused. UserError."""
+    file = open(path, "a")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that dies lets go of it
+    except ImportError:
+        pass  # Windows has no fcntl: no lock there
+    except OSError as error:
+        raise UserError(f"{path.parent}: another run writes there; wait for it, or choose another "
+                        "--out") from error
+    return file
 
 
 def main():
     """Parse, say what was chosen, run both stages, write everything."""
-    # Take numbers below 1e-38 as 0. Momentum of a weight whose gradient has died out decays to such numbers, and many
-    # CPUs compute with them a hundred times slower: after 200,000 images an optimiser step took 1.3 s, not 0.05 s.
-    torch.set_flush_denormal(True)  # for this thread and all that it will start, so before anything is computed
-    args = build_parser().parse_args()
-    args.device = pick_device(args.device)  # text -> torch.device
-    join_processes(args.device)
-    cfg = settings(args)
-    args.out = args.out or f"out/{args.dataset}-{cfg['preset']}"
-    kept = Path(args.out) / "ckpt.pt"  # of an earlier run, if there was one
-    if Path(args.out).is_file():
-        raise UserError(f"--out {args.out}: a file is there; expected a folder, or nothing yet")
-    if kept.exists() and not args.resume:
-        raise UserError(f"{args.out} holds a run already; add --resume to go on with it, or choose another --out")
-    ckpt = read_checkpoint(kept) if args.resume else None
-    if ckpt:  # a run goes on with the settings that it began with
-        refuse_contradictions(args, ckpt["config"])
-        cfg = ckpt["config"]
-    run = Run(args, cfg, ckpt)
-    run.out.mkdir(parents=True, exist_ok=True)
-    if run.rank == 0:
-        for half in run.out.glob(".[0-9]*-*"):  # what a killed run was writing
-            half.unlink()
-        # Rows logged after the checkpoint, if there is one, will be made again: cut them off, a torn last one included.
-        with open(run.log_path, "ab") as f:
-            f.truncate(min(run.log_bytes, f.tell()))
+    # Numbers below 1e-38 count as 0. Momentum of a weight whose gradient has died out decays to
+    # such numbers, and many CPUs compute with them a hundred times slower.
+    torch.set_flush_denormal(True)
+    args, out, cfg, ckpt = parse()
+    world = 1
+    if dist.is_torchelastic_launched():
+        # A process that dies ends the run: torchrun stops the others, or they give up waiting.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+        world = dist.get_world_size()
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+    check_settings(cfg, world)
+    run = Run(args, out, cfg, world)
     if ckpt:
-        why = "the checkpoint's"
-    else:
-        why = f"chosen because the device is {args.device.type}" if args.preset == "auto" else "as asked"
-    kind = "bfloat16 in stage 2" if in_bfloat16(cfg, args.device) else "float32"
-    kind += f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    duration = {"laptop": "14 to 18 minutes on 2 CPU cores", "tiny": "under a minute"}.get(cfg["preset"], "see the bar")
-    duration = f"{cfg['minutes']:g} minutes as asked (not reproducible to the bit)" if cfg["minutes"] else duration
-    print(f"preset {cfg['preset']} ({why}); device {args.device}, {kind}; images: {run.data.source_note}; {duration}")
-    def stop(signum, frame):  # finish the step, save, leave; a second signal ends the process at once
+        run.restore(ckpt)
+
+    if run.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = lock(run.log_path)
+        for half in out.glob(".[0-9]*-*"):  # what a killed run was writing
+            half.unlink()
+        # Rows logged after the checkpoint will be made again: cut them off, half a row too.
+        log.truncate(min(run.log_bytes, run.log_path.stat().st_size))
+    print(f"images: {run.ds.source_note}")
+    print(f"preset {cfg['preset']} (--preset {args.preset}); device {run.device}, stage 2 in "
+          f"{'bfloat16' if run.bfloat16 else 'float32'}, {torch.get_num_threads()} threads; "
+          f"writes to {out}")
+
+    def stop(signum, frame):  # finish a few steps, save, leave; a second signal ends at once
         run.stopped_by = signal.Signals(signum).name
         signal.signal(signum, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     if run.stage == 1:
-        run.train_stage1()
+        train_stage1(run)
     if not args.stage1_only and not run.finished:
-        run.train_stage2()
-    run.tick(run.stage)
-    run.save()  # the finished run: ckpt.pt and the last pictures
-    if run.world > 1:
+        train_stage2(run)
+    run.save()
+    if world > 1:
         dist.destroy_process_group()
-    print(f"done in {sum(run.minutes.values()):.1f} minutes; wrote {run.ckpt_path}, samples.png, loss.png, log.jsonl")
+    print(f"done in {sum(run.minutes.values()):.1f} minutes; wrote {run.ckpt_path}, "
+          "samples.png, log.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,25 @@
-"""The denoiser and its diffusion: U-Net with cross-attention to the latent units, skip dropout, schedule, DDIM, EMA.
+"""The denoiser and its diffusion: U-Net with cross-attention to the units, skip dropout, DDIM, EMA.
 
-Where it sits: stage 1 (vqgan.py) turned an image into a small latent z0; the extractor turned the same image into N
-latent units c, which alignment (dyga.py) turns into c~. Diffusion drowns z0 in noise and this network must say what
-the noise was, given the units:
+Where it sits: stage 1 (vqgan.py) turned an image into a small latent z0. The extractor turned the
+same image into N latent units c, which alignment (dyga.py) turns into c~ (c_tilde). Diffusion
+drowns z0 in noise, and this network must say what the noise was, given the units:
 
-    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps          eps^ = UNet(z_t, t, c~)         (equations 1 and 2)
+    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps                           (equation 1)
+    eps^ = UNet(z_t, t, c~)                                                          (equation 2)
 
-The units enter at one kind of place only, as keys and values of cross-attention. What the noisy latent already shows,
-the network can copy through its skip connections without asking the units; *skip dropout* (section 3.3, equation 7)
-blinds part of those skips while training, so that the units have to carry the image, and learn to.
+Table 8's U-Net on a latent of 16x16. Each down or up stage is a ResBlock; (+) stages have a
+Transformer behind it, where each pixel looks up the units:
 
-    python unet.py     # builds the paper-size network (37.550M parameters) and prints the shape at every level
+    z_t -> conv -> 16x16 (+)(+) --.                              .-> 16x16 (+)(+)(+) -> conv -> eps^
+                       8x8 (+)(+) --.        skips             .-> 8x8 (+)(+)(+)
+                         4x4 (+)(+) --. ---------------------> 4x4 (+)(+)(+)
+                            2x2 ()() --> middle () (+) () --> 2x2 ()()()
+
+The units enter by cross-attention only. But what the noisy latent already shows, the network can
+copy through its skips without asking the units. *Skip dropout* (section 3.3, equation 7) blinds
+part of the skips while training, so that the units have to carry the image, and learn to.
+
+    python unet.py     # builds the paper-size network (37.550M parameters), prints what is where
 """
 
 import math
@@ -20,64 +29,63 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The noise schedule, and time
 
 
 def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
-    """alpha_bar_t = prod_{s<=t} (1 - beta_s) for t = 0 ... timesteps-1, float32 (timesteps,), from 0.9985 to 0.0007.
+    """alpha_bar_t = prod_{s<=t} (1 - beta_s), float32 (timesteps,), falling from 0.9985 to 0.0007.
 
-    Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means linear in
-    sqrt(beta), which adds noise more gently at first than a straight line in beta; the end points are that code's.
+    Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means
+    linear in sqrt(beta), which adds noise more gently at first; the end points are that code's.
     """
     betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, timesteps, dtype=torch.float64) ** 2
-    # float64 while multiplying: 1,000 float32 products would lose the last digits of the smallest alpha_bar.
-    return torch.cumprod(1 - betas, dim=0).float()
+    return torch.cumprod(1 - betas, dim=0).float()  # float64 until here: 1,000 rounded products
 
 
 def add_noise(z0, eps, t, alpha_bar):
-    """Forward process in one jump: z_t ~ q(z_t | z_0) for latents z0 and noise eps (B, Z, h, w), and t int64 (B,)."""
+    """Equation 1: latents z0 and noise eps (B, Z, h, w), times t int64 (B,) -> z_t (B, Z, h, w)."""
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
 
 
 def time_embedding(t, dim):
-    """Sines and cosines of t at dim/2 frequencies from 1 to 1/10000: int64 (B,) -> float (B, dim)."""
+    """Cosines and sines of t at dim/2 frequencies from 1 to 1/10000: int64 (B,) -> (B, dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t.float()[:, None] * freqs[None]  # (B, dim/2)
+    angles = t.float()[:, None] * freqs  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Building blocks, smallest first
 
 
 def zero(module):
-    """Start a layer at zero: its residual branch then adds nothing at first, which steadies early training."""
+    """Start a layer at 0: its residual branch adds nothing at first, which steadies training."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def drop_channels(x, rate, training):
-    """Zero whole channels of x (B, C, h, w), each with probability `rate` (1 - p in equation 7); divide the rest by p.
+    """Zero whole channels of x (B, C, h, w), each with probability `rate` (1 - p in equation 7).
 
-    Whole channels, because neighbouring pixels of one channel nearly repeat each other: dropping single pixels would
-    hide almost nothing.
-    Paper: equation 7 multiplies by the Bernoulli mask alone. We rescale as its released code does, so that the
-    expected value is the same with and without dropout and nothing shifts at test time.
+    Whole channels, because neighbouring pixels of one channel nearly repeat each other: dropping
+    single pixels would hide almost nothing.
+    Paper: equation 7 multiplies by the Bernoulli mask alone. We also divide by p, as its released
+    code does, so that the expected value is the same in training and at test time.
     """
     if not training or rate == 0:
         return x
     keep = torch.rand(x.shape[:2], device=x.device) >= rate  # (B, C)
-    return x * (keep.to(x.dtype) / (1 - rate))[:, :, None, None]
+    return x * keep[:, :, None, None] / (1 - rate)
 
 
 class ResBlock(nn.Module):
-    """Residual block that knows the time: norm, SiLU, conv, norm, scale and shift by time, SiLU, dropout, conv.
+    """Norm, SiLU, conv, then norm, scale and shift by time, SiLU, dropout, conv; residual.
 
-    `resample` is None, "down" (average 2x2) or "up" (repeat 2x2), before the first conv and on the other branch too:
-    LDM's `resblock_updown`.
+    `resample` is None, "down" (average 2x2) or "up" (repeat 2x2), on both branches, before the
+    first convolution: LDM's `resblock_updown`.
     """
 
     def __init__(self, c_in, c_out, time_dim, groups, dropout, resample=None):
@@ -98,98 +106,91 @@ class ResBlock(nn.Module):
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return x
 
-    def forward(self, x, time, context, maps):
-        """x (B, C, H, W), time (B, T) -> (B, C', H', W'). `context` and `maps` pass by: all blocks are called
-        alike (see Blocks)."""
-        h = self.conv_in(self._resize(F.silu(self.norm_in(x))))
-        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # two of (B, C', 1, 1)
+    def forward(self, x, time, c_tilde, maps):
+        """x (B, C, H, W), time (B, T) -> (B, C', H', W'). c_tilde and maps pass by (see Blocks)."""
+        h = self.conv_in(self._resize(F.silu(self.norm_in(x))))  # (B, C', H', W')
+        scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # (B, C', 1, 1)
         h = self.norm_out(h) * (1 + scale) + shift
         h = self.conv_out(self.dropout(F.silu(h)))
         return self.shortcut(self._resize(x)) + h
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, L, C) to itself, or to a context (B, N, D): there the N latent units come in."""
+    """Multi-head attention of tokens x (B, L, C) to a context (B, N, D).
+
+    The context is x itself (self-attention) or the N latent units (cross-attention).
+    """
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"{dim} channels cannot be split over {heads} attention heads")
         self.heads = heads
         self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)  # keys and values as one product
+        self.to_kv = nn.Linear(context_dim, 2 * dim, bias=False)  # keys, then values
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x, context=None, maps=None):
-        """-> (B, L, C). If `maps` is a list, append the attention (B, L, N), averaged over heads: rows sum to 1."""
-        B, L, C = x.shape
-        context = x if context is None else context
-        N = context.shape[1]
-        q = self.to_q(x).view(B, L, self.heads, C // self.heads).transpose(1, 2)  # (B, heads, L, C/heads)
-        kv = self.to_kv(context).view(B, N, 2, self.heads, C // self.heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)  # two of (B, heads, N, C/heads)
-        if maps is None and (x.is_cuda or N > 64):
+    def forward(self, x, context, maps=None):
+        """-> (B, L, C). maps: a list receives the attention (B, L, N), averaged over heads."""
+
+        def split(tokens):  # (B, L, C) -> (B, heads, L, C/heads)
+            return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        q = split(self.to_q(x))  # (B, heads, L, C/heads)
+        k, v = self.to_kv(context).chunk(2, dim=-1)  # (B, N, C) each
+        k = split(k)  # (B, heads, N, C/heads)
+        v = split(v)  # (B, heads, N, C/heads)
+        if maps is None:
             out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, C/heads)
-        else:
-            # The same, spelled out: the fused kernel never forms the map that one may want to look at, and for as few
-            # columns as there are units it is the slower one on a CPU (20 units, forward and backward on one thread:
-            # 2.3 ms against 1.9 at the laptop preset's first level, batch 64; 10.7 against 7.4 at the paper's, 16).
-            attention = (q @ k.transpose(2, 3) * (C // self.heads) ** -0.5).softmax(dim=-1)  # (B, heads, L, N)
-            if maps is not None:
-                maps.append(attention.mean(dim=1))  # (B, L, N)
+        else:  # the same spelled out, because the fused kernel never forms the map
+            attention = q @ k.mT / math.sqrt(q.shape[-1])  # (B, heads, L, N)
+            attention = attention.softmax(dim=-1)
+            maps.append(attention.mean(dim=1))  # (B, L, N), each row sums to 1
             out = attention @ v  # (B, heads, L, C/heads)
-        return self.to_out(out.transpose(1, 2).reshape(B, L, C))  # (B, L, C)
+        out = out.transpose(1, 2).flatten(2)  # (B, L, C)
+        return self.to_out(out)
 
 
 class Transformer(nn.Module):
-    """Self-attention among positions, cross-attention to the latent units, then a GEGLU feed-forward; all residual."""
+    """Self-attention of pixels, cross-attention to the units, GEGLU feed-forward; all residual."""
 
     def __init__(self, dim, context_dim, groups, heads, self_attention=True):
         super().__init__()
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
-        self.proj_in = nn.Linear(dim, dim)  # LDM's 1x1 convolution; as a product of tokens twice as fast on a CPU
+        self.proj_in = nn.Linear(dim, dim)
+        self.self_attention = None
         if self_attention:
             self.norm_self = nn.LayerNorm(dim)
             self.self_attention = Attention(dim, dim, heads)
-        else:
-            self.self_attention = None
         self.norm_cross = nn.LayerNorm(dim)
         self.cross_attention = Attention(dim, context_dim, heads)
         self.norm_ff = nn.LayerNorm(dim)
-        self.ff_in = nn.Linear(dim, 8 * dim)  # half of it values, half of it gates
+        self.ff_in = nn.Linear(dim, 8 * dim)  # values, then gates
         self.ff_out = nn.Linear(4 * dim, dim)
         self.proj_out = zero(nn.Linear(dim, dim))
 
-    def forward(self, x, time, context, maps):
-        """x (B, C, H, W), context c (B, N, D) -> (B, C, H, W). If `maps` is a list, append a map (B, N, H, W).
-        `time` passes by."""
+    def forward(self, x, time, c_tilde, maps):
+        """x (B, C, H, W), units c_tilde (B, N, D) -> (B, C, H, W); time passes by (see Blocks)."""
         B, C, H, W = x.shape
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H*W, C): every pixel is a token
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C): every pixel is a token
+        h = self.proj_in(h)
         if self.self_attention is not None:
-            h = h + self.self_attention(self.norm_self(h))
-        found = None if maps is None else []
-        h = h + self.cross_attention(self.norm_cross(h), context, found)
-        if maps is not None:
-            maps.append(found[0].transpose(1, 2).unflatten(2, (H, W)))  # (B, H*W, N) -> (B, N, H, W)
-        # Two products with half of ff_in each, not one whose result is cut in two: what follows then works on whole
-        # tensors, and the gradient of the cut, a copy of both halves, falls away. With the Linear proj_in and proj_out,
-        # 6% of forward and backward of a laptop step.
-        weights, biases, tokens = self.ff_in.weight.chunk(2), self.ff_in.bias.chunk(2), self.norm_ff(h)
-        value, gate = (F.linear(tokens, w, b) for w, b in zip(weights, biases))  # two of (B, H*W, 4C)
+            tokens = self.norm_self(h)
+            h = h + self.self_attention(tokens, tokens)
+        h = h + self.cross_attention(self.norm_cross(h), c_tilde, maps)
+        value, gate = self.ff_in(self.norm_ff(h)).chunk(2, dim=-1)  # (B, H*W, 4C) each
         h = self.proj_out(h + self.ff_out(value * F.gelu(gate)))  # (B, H*W, C)
-        return x + h.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        return x + h.transpose(1, 2).view(B, C, H, W)
 
 
 class Blocks(nn.ModuleList):
-    """A few blocks in a row, each called with the same time, units and list of maps."""
+    """Blocks in a row. All are called alike, and each takes what it needs of time and units."""
 
-    def forward(self, x, time, context, maps):
+    def forward(self, x, time, c_tilde, maps):
         for block in self:
-            x = block(x, time, context, maps)
+            x = block(x, time, c_tilde, maps)
         return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The U-Net
 
 
@@ -197,114 +198,119 @@ class UNet(nn.Module):
     """LDM's denoising U-Net. Table 8 with the default arguments.
 
     Args:
-        channels: of the latent (3).
-        base: width of the first level.
-        multipliers: width of each level as a multiple of `base`; every level but the last halves the size.
+        channels: Z, of the latent.
+        base: width of the first level; every group of GroupNorm must divide every width.
+        multipliers: width of each level as a multiple of `base`; each level but the last halves
+            the size.
         res_blocks: residual blocks per level on the way down; one more on the way up.
-        attention_at: downsampling factors (1 = full latent size) whose blocks are followed by a Transformer. The middle
-            of the network always has one.
-        heads: attention heads.
-        groups: of every GroupNorm, LDM's 32; must divide every width.
+        attention_at: downsampling factors (1 = full latent size) whose ResBlocks are followed by a
+            Transformer. The middle of the network always has one.
+        heads: attention heads; must divide every width that has a Transformer.
+        groups: of every GroupNorm.
         context_dim: D, the length of a latent unit.
         dropout: ordinary dropout inside the residual blocks.
-        skip_dropout: probability that a channel of a skip connection is dropped (1 - p in equation 7).
-        skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions are not injected
-            through cross attention": with Table 8, the skips at 2x2 only. "released": what made the paper's tables.
-            Its code asks whether the feature's SIDE in pixels (16, 8, 4, 2) is in the list of FACTORS [1, 2, 4], and
-            drops where it is not: at 16x16 and 8x8, where conditions are injected. We follow the tables.
-        backbone_dropout: Table 12's control: drop channels of the backbone at those places instead.
-        self_attention: False leaves out the self-attention of every Transformer (not the cross-attention).
+        skip_dropout: probability that a channel of a skip is dropped (1 - p in equation 7).
+        skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions
+            are not injected through cross attention": with Table 8, those at 2x2 only. "released":
+            what made the paper's tables. Its code asks whether the feature's SIDE in pixels (16, 8,
+            4, 2) is in the list of FACTORS [1, 2, 4], and drops where it is not: at 16x16 and 8x8,
+            where conditions ARE injected. We follow the tables.
+        backbone_dropout: Table 12's control: drop channels of the backbone at those places.
+        self_attention: False leaves out the Transformers' self-attention.
     """
 
-    def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2, attention_at=(1, 2, 4), heads=8,
-                 groups=32, context_dim=32, dropout=0.1, skip_dropout=0.2, skip_dropout_where="released",
-                 backbone_dropout=0.0, self_attention=True):
+    def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2,
+                 attention_at=(1, 2, 4), heads=8, groups=32, context_dim=32, dropout=0.1,
+                 skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
+                 self_attention=True):
         super().__init__()
-        if skip_dropout_where not in ("released", "text"):
-            raise ValueError(f"skip_dropout_where is {skip_dropout_where!r}; it must be 'released' or 'text'")
-        if not 0 <= min(skip_dropout, backbone_dropout) <= max(skip_dropout, backbone_dropout) < 1:
-            raise ValueError(f"skip_dropout {skip_dropout}, backbone_dropout {backbone_dropout}: must be in [0, 1)")
-        self.base, self.attention_at = base, tuple(attention_at)
-        self.skip_dropout, self.backbone_dropout = skip_dropout, backbone_dropout
-        self.skip_dropout_where = skip_dropout_where
+        self.base, self.attention_at = base, attention_at
+        self.skip_dropout, self.skip_dropout_where = skip_dropout, skip_dropout_where
+        self.backbone_dropout = backbone_dropout
         time_dim = 4 * base
-        self.time_mlp = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time_mlp = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(),
+                                      nn.Linear(time_dim, time_dim))
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, time_dim, groups, dropout, resample)
 
-        def transformer(width):
-            return Transformer(width, context_dim, groups, heads, self_attention)
+        def transformers(width, factor):  # one or none
+            if factor not in attention_at:
+                return []
+            return [Transformer(width, context_dim, groups, heads, self_attention)]
 
         self.conv_in = nn.Conv2d(channels, base, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width, factor, skip_widths = base, 1, [base]  # the first skip is conv_in's output
+        width, factor = base, 1
+        skip_widths = [base]  # the first skip is conv_in's output
         for level, multiplier in enumerate(multipliers):
             for _ in range(res_blocks):
-                blocks = [res(width, base * multiplier)]
+                block = res(width, base * multiplier)
                 width = base * multiplier
-                if factor in attention_at:
-                    blocks.append(transformer(width))
-                self.down.append(Blocks(blocks))
+                self.down.append(Blocks([block, *transformers(width, factor)]))
                 skip_widths.append(width)
             if level < len(multipliers) - 1:
                 self.down.append(Blocks([res(width, width, "down")]))
                 skip_widths.append(width)
                 factor *= 2
-        self.middle = Blocks([res(width, width), transformer(width), res(width, width)])
+
+        self.middle = Blocks([res(width, width),
+                              Transformer(width, context_dim, groups, heads, self_attention),
+                              res(width, width)])
+
         self.up_factors = []  # the downsampling factor at which each up stage takes its skip
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(res_blocks + 1):
-                blocks = [res(width + skip_widths.pop(), base * multiplier)]
+                block = res(width + skip_widths.pop(), base * multiplier)
                 width = base * multiplier
-                if factor in attention_at:
-                    blocks.append(transformer(width))
+                stage = Blocks([block, *transformers(width, factor)])
                 self.up_factors.append(factor)
                 if level > 0 and i == res_blocks:
-                    blocks.append(res(width, width, "up"))
+                    stage.append(res(width, width, "up"))
                     factor //= 2
-                self.up.append(Blocks(blocks))
+                self.up.append(stage)
         self.norm_out = nn.GroupNorm(groups, width)
         self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
 
     def drops_skips(self, factor, side):
-        """Does skip dropout act where the features are side x side pixels, `factor` times downsampled?"""
-        return (factor if self.skip_dropout_where == "text" else side) not in self.attention_at
+        """Does skip dropout act where features are side x side pixels, `factor` downsampled?"""
+        asked = factor if self.skip_dropout_where == "text" else side
+        return asked not in self.attention_at
 
-    def forward(self, z_t, t, context, maps=None):
-        """Noisy latents z_t (B, Z, h, w), times t int64 (B,), latent units c~ (B, N, D) -> noise eps^ (B, Z, h, w).
+    def forward(self, z_t, t, c_tilde, maps=None):
+        """z_t (B, Z, h, w), times t int64 (B,), units c_tilde (B, N, D) -> eps_hat (B, Z, h, w).
 
-        `maps`: pass an empty list to receive the cross-attention of every Transformer, each (B, N, h, w),
-        averaged over heads, summing to 1 over N. That is the slow path; leave it None to train and sample.
+        maps: an empty list receives the cross-attention of every Transformer, each (B, H*W, N),
+        averaged over heads, summing to 1 over N. A slow path: leave it None to train and sample.
         """
         time = self.time_mlp(time_embedding(t, self.base).to(z_t.dtype))  # (B, 4*base)
         h = self.conv_in(z_t)  # (B, base, h, w)
         skips = [h]
         for stage in self.down:
-            h = stage(h, time, context, maps)
+            h = stage(h, time, c_tilde, maps)
             skips.append(h)
-        h = self.middle(h, time, context, maps)
+        h = self.middle(h, time, c_tilde, maps)
         for stage, factor in zip(self.up, self.up_factors):
             skip = skips.pop()
             if self.drops_skips(factor, h.shape[-1]):
                 skip = drop_channels(skip, self.skip_dropout, self.training)
                 h = drop_channels(h, self.backbone_dropout, self.training)
-            h = stage(torch.cat([h, skip], dim=1), time, context, maps)
+            h = stage(torch.cat([h, skip], dim=1), time, c_tilde, maps)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training loss, optimiser, sampling, averaging
+# --------------------------------------------------------------------------------------------------
+# Training loss, sampling, averaging
 
 
-def diffusion_loss(unet, z0, context, alpha_bar, kind="l1", t_sampling="uniform"):
-    """Equation 2: drown latents z0 (B, Z, h, w) in noise at a random time each, and score the U-Net's guess of it under
-    the aligned units c~ (B, N, D), the `context`.
+def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"):
+    """Equation 2: latents z0 (B, Z, h, w), units c_tilde (B, N, D) -> loss of the U-Net's guess.
 
-    kind: "l1" or "mse". Paper: equation 2 writes a norm without a square or a name; its released configuration says l1
-    (neither says why; in a prototype mse learnt an object's shape and size earlier).
-    t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0 the noisy latent
-    shows everything and near T almost nothing can be told, so the units learn most in between.
+    kind: "l1" or "mse". Paper: equation 2 writes a norm without a square or a name; its released
+    configuration says l1.
+    t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0
+    the noisy latent shows everything, near T almost nothing can be told, so the units learn most
+    in between.
     """
     B, T = len(z0), len(alpha_bar)
     if t_sampling == "uniform":
@@ -312,127 +318,122 @@ def diffusion_loss(unet, z0, context, alpha_bar, kind="l1", t_sampling="uniform"
     else:
         t = (torch.randn(B, device=z0.device).sigmoid() * T).long().clamp(max=T - 1)
     eps = torch.randn_like(z0)
-    eps_hat = unet(add_noise(z0, eps, t, alpha_bar), t, context)
-    return F.l1_loss(eps_hat, eps) if kind == "l1" else F.mse_loss(eps_hat, eps)
-
-
-def orthogonalise(x, steps=5):
-    """Matrices x (B, m, n) -> nearly orthogonal ones with the same singular vectors: all singular values near 1.
-
-    An odd polynomial of a matrix acts on its singular values s alone: P X with P = a + b XX' + c (XX')^2 turns each
-    into a s + b s^3 + c s^5. With these coefficients five rounds lift all but the tiniest into 0.7 to 1.2. That takes
-    matrix products only, all matrices of a shape as one batch; a singular value decomposition would take far longer.
-    """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT, steps).mT  # XX' is then the smaller product
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
-    # A round needs XX' alone, (B, m, m), and turns it into P XX' P: so the rounds' product is made of small matrices,
-    # and X, often many times as wide as high, is multiplied once, at the end.
-    for step in range(steps):
-        gram = p @ gram @ p if step else x @ x.mT  # (B, m, m)
-        p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        p.diagonal(dim1=1, dim2=2).add_(3.4445)
-        product = p @ product if step else p
-    return product @ x
-
-
-class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for weight matrices, and its base class AdamW for biases and norms.
-
-    Muon averages gradients, as momentum does, then makes the average orthogonal: every direction in which a layer can
-    learn gets a step of the same size, while AdamW's steps follow the few directions of large gradients. Small but
-    telling ones, such as those of an object's shape beside the hues', are learnt early that way. A convolution (out,
-    in, k, k) is a matrix (out, in*k*k); UnitLinear's (N, in, out) are N matrices, and so are its biases. Steps are
-    scaled to the usual size of AdamW's (Liu et al. 2025), so that one `lr` serves both. A group of parameters with
-    orthogonalise=False is AdamW's too. Weight decay is for AdamW's parameters only: a step of Muon has a size of its
-    own.
-
-    Paper: does not name its optimiser; the code that it builds on has AdamW, and so has the paper preset here.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        same_shape = {}  # (m, n) -> list of (parameter, its gradient, lr, its update as matrices)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim < 2 or p.grad is None or not group.get("orthogonalise", True):
-                    continue  # AdamW's
-                state = self.state[p]
-                if not state:  # AdamW's names: it reads them when a checkpoint is loaded
-                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
-                momentum = state["exp_avg"].lerp_(p.grad, 0.05)
-                update = p.grad.lerp(momentum, 0.95)  # Nesterov's form of momentum
-                update = update if p.ndim == 3 else update.flatten(1)[None]  # (B, m, n)
-                same_shape.setdefault(update.shape[1:], []).append((p, p.grad, group["lr"], update))
-                p.grad = None  # AdamW passes over what has no gradient
-        super().step()
-        for (m, n), found in same_shape.items():
-            updates = orthogonalise(torch.cat([update for *_, update in found]))  # (sum of the B, m, n)
-            for (p, gradient, lr, _), update in zip(found, updates.split([len(update) for *_, update in found])):
-                p.sub_(update.reshape(p.shape), alpha=0.2 * lr * max(m, n) ** 0.5)
-                p.grad = gradient
+    eps_hat = unet(add_noise(z0, eps, t, alpha_bar), t, c_tilde)
+    if kind == "l1":
+        return F.l1_loss(eps_hat, eps)
+    return F.mse_loss(eps_hat, eps)
 
 
 @torch.no_grad()
-def ddim(unet, noise, context, alpha_bar, steps=100, attention=False):
-    """Deterministic DDIM sampling (eta = 0) of latents from noise (B, Z, h, w) under units c~ (B, N, D).
+def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
+    """Deterministic DDIM (eta = 0): noise (B, Z, h, w), units c_tilde (B, N, D) -> latents.
 
-    Each step asks the U-Net for the noise, computes the clean latent that this implies, and goes to an earlier time
-    with the same noise: the same `noise` and units always give the same latent.
-    Returns latents (B, Z, h, w). With attention=True: (latents, maps (B, N, h, w)), the cross-attention averaged over
-    heads, layers and steps after resizing each map to the latent's size (the way of DAAM, reference 60).
-    Raises ValueError if steps is not between 1 and the schedule's length.
+    Each step asks the U-Net for the noise, computes the clean latent that this implies, and goes
+    to an earlier time with the same noise: the same noise and units give the same latent.
+    steps: 1 to the schedule's length. attention=True also returns maps (B, N, h, w): the mean
+    cross-attention over heads, Transformers and steps, each map resized (DAAM's way, reference 60).
     """
-    if not 1 <= steps <= len(alpha_bar):
-        raise ValueError(f"{steps} DDIM steps: there must be at least 1 and at most {len(alpha_bar)}")
-    times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().long().tolist()  # evenly spaced, noisiest first
-    ones = torch.ones(len(noise), dtype=torch.long, device=noise.device)
-    z_t, total, layers = noise, 0.0, 0
-    for t, t_next in zip(times, times[1:] + [None]):
+    times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().long().tolist()  # noisiest first
+    ones = torch.ones(len(noise), dtype=torch.long, device=noise.device)  # (B,)
+    now = alpha_bar[times]  # (steps,)
+    then = torch.cat([now[1:], torch.ones_like(now[:1])])  # the last step leaves no noise
+    z_t, total, count = noise, 0.0, 0
+    for t, a, b in zip(times, now, then):
         maps = [] if attention else None
-        eps_hat = unet(z_t, ones * t, context, maps)
-        a = alpha_bar[t]
-        a_next = torch.ones_like(a) if t_next is None else alpha_bar[t_next]
+        eps_hat = unet(z_t, t * ones, c_tilde, maps)
         z0_hat = (z_t - (1 - a).sqrt() * eps_hat) / a.sqrt()
-        z_t = a_next.sqrt() * z0_hat + (1 - a_next).sqrt() * eps_hat
-        for m in maps or []:
+        z_t = b.sqrt() * z0_hat + (1 - b).sqrt() * eps_hat
+        for m in maps or []:  # (B, H*W, N)
+            side = math.isqrt(m.shape[1])
+            m = m.mT.unflatten(2, (side, side))  # (B, N, H, W)
             total = total + F.interpolate(m, size=z_t.shape[-2:], mode="bilinear")
-            layers += 1
-    return (z_t, total / layers) if attention else z_t
+            count += 1
+    if attention:
+        return z_t, total / count
+    return z_t
 
 
 @torch.no_grad()
 def ema_update(average, module, half_life, batch, images_seen):
-    """Move `average`, a copy of `module`, towards it: one step of an exponential moving average counted in images.
+    """Move `average`, a copy of `module`, towards it: an exponential moving average over images.
 
-    `half_life` is the number of training images after which a weight's influence has halved. Counted so, the batch
-    size may change without changing what is averaged. The paper's 0.9999 per step of 512 images is a half-life of
-    512 ln 2 / 0.0001 = 3.55 million images. Early on the half-life is at most 8% of the images seen so far, or the
-    random start would stay in the average for long (LDM's warm-up (1 + n)/(10 + n) comes to about the same).
+    half_life: training images after which a weight's influence has halved. Counted so, the batch
+    may change without changing what is averaged. The paper's 0.9999 per step of 512 images is a
+    half-life of 512 ln 2 / 0.0001 = 3.55 million. Early on it is at most 8% of the images seen, or
+    the random start would stay in the average for long (LDM's warm-up comes to about the same).
     """
     weight = 1 - 0.5 ** (batch / min(half_life, 0.08 * images_seen))
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), weight)
-    for mean, new in zip(average.buffers(), module.buffers()):
-        if mean.is_floating_point():
-            mean.lerp_(new, weight)  # BatchNorm's running statistics: averaged like the weights that they belong to
-        else:
-            mean.copy_(new)  # counters
+    for old, new in zip(average.parameters(), module.parameters()):
+        old.lerp_(new, weight)
+    for old, new in zip(average.buffers(), module.buffers()):
+        if old.is_floating_point():  # BatchNorm's statistics, averaged like their weights
+            old.lerp_(new, weight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Muon, the laptop preset's optimiser for weight matrices
+
+
+def orthogonalise(x, steps=5):
+    """Newton-Schulz: matrices x (B, m, n) -> nearly orthogonal ones, same singular vectors.
+
+    An odd polynomial of a matrix acts on its singular values alone: a X + b XX'X + c (XX')^2 X
+    turns each value s into a s + b s^3 + c s^5. With these coefficients five rounds lift all but
+    the tiniest s into 0.7 to 1.2, by matrix products only (Jordan et al. 2024).
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT, steps).mT  # XX' is then the smaller product
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.mT  # (B, m, m)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x  # (B, m, n)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): averages gradients, as momentum does, then orthogonalises.
+
+    Every direction in which a layer can learn gets a step of the same size, while AdamW's steps
+    follow the few directions of large gradients. Small but telling ones, such as those of an
+    object's shape beside the hues', are learnt early that way. For weights of two and more
+    dimensions; AdamW has the rest. Steps are scaled to the usual size of AdamW's (Liu et al.
+    2025), so that one learning rate serves both.
+
+    Paper: does not name its optimiser; the code that it builds on has AdamW, as the paper preset.
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(mean, momentum)  # Nesterov's form
+                if p.ndim != 3:  # a UnitLinear's (N, d_in, d_out) are N matrices already
+                    update = update.flatten(1)[None]  # (1, out, in*k*k)
+                B, m, n = update.shape
+                update = orthogonalise(update)
+                p.sub_(update.view_as(p), alpha=0.2 * group["lr"] * max(m, n) ** 0.5)
 
 
 def main():
     """Build the paper-size U-Net, run one batch and print what happens at every level."""
     net = UNet()
-    z_t, context = torch.randn(2, 3, 16, 16), torch.randn(2, 20, 32)
+    z_t, c_tilde, maps = torch.randn(2, 3, 16, 16), torch.randn(2, 20, 32), []
+    eps_hat = net(z_t, torch.tensor([10, 900]), c_tilde, maps)
     print(f"parameters {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M (Table 8: 37.550M)")
-    print("  skips enter at    " + ", ".join(f"{16 // f}x{16 // f}" for f in net.up_factors))
+    print(f"z_t {tuple(z_t.shape)}, units {tuple(c_tilde.shape)} -> eps^ {tuple(eps_hat.shape)}")
+    print("units are looked up by", ", ".join(str(m.shape[1]) for m in maps), "pixels")
     for where in ("released", "text"):
         net.skip_dropout_where = where
-        dropped = sorted({16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}, reverse=True)
-        print(f"  dropped, {where:8}: where the features are {dropped} pixels wide")
-    maps = []
-    eps_hat = net(z_t, torch.tensor([10, 900]), context, maps)
-    print(f"z_t {tuple(z_t.shape)}, context {tuple(context.shape)} -> eps^ {tuple(eps_hat.shape)}")
-    print("  cross-attention   " + ", ".join(f"{m.shape[-1]}x{m.shape[-1]}" for m in maps))
+        sides = {16 // factor for factor in net.up_factors}
+        dropped = [side for side in sides if net.drops_skips(16 // side, side)]
+        print(f"skips are dropped, {where}: where features are {sorted(dropped)} pixels wide")
 
 
 if __name__ == "__main__":
