@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 SIZE = 64  # every image is 64 x 64 pixels
@@ -136,8 +136,10 @@ class Dataset:
         """factors int64 (B, F) -> idx int64 (B,), the inverse of factors(). UserError: no grid."""
         if not self.is_grid:
             raise UserError(f"{self.name} is not a grid: no image can be looked up by its factors")
-        digits = tuple(factors.T.cpu().numpy())
-        return torch.from_numpy(np.ravel_multi_index(digits, self.factor_sizes)).to(self.device)
+        idx = 0
+        for digit, size in zip(factors.to(self.device).T, self.factor_sizes):
+            idx = idx * size + digit  # (B,)
+        return idx
 
 
 # ---- The rendered twin of Shapes3D --------------------------------------------------------------
@@ -163,11 +165,9 @@ PALETTE = [colorsys.hsv_to_rgb(k / HUES, 1, 1) for k in range(HUES)]
 PALETTE = (torch.tensor([*PALETTE, (0.6, 226 / 255, 249 / 255), (1, 1, 1)]) * 255).round()
 SIDE = 3 * SIZE  # drawn at 192 x 192, then shrunk
 FOCAL = SIZE / 2 / math.tan(math.radians(25))  # in pixels: a field of view of 50 degrees
-WALL_AT, WALL_HEIGHT = 3.5, 2.0  # walls at x = +-3.5 and y = 3.5, no ceiling, so sky above
+WALL_AT = 3.5  # walls at x = +-3.5 and y = 3.5
 UP, LIGHT = vector(0, 0, 1), vector(-1.5, 0.5, 7.5)  # a spot light that points straight down
-HEADLIGHT, SPOT = 0.58, 0.95
-SHADOW = 0.337  # all the light that a floor point in shadow gets
-HIGHLIGHT, HIGHLIGHT_FROM = 0.118, vector(-0.255, 0.168, 0.952)  # white where an object faces this
+HIGHLIGHT_FROM = vector(-0.255, 0.168, 0.952)
 # Radius (cube: half a side) and half-height of the straight part, both at scale 1.
 SHAPES = {"cube": (0.350, 0.350), "cylinder": (0.3735, 0.375),
           "sphere": (0.4236, 0.0), "capsule": (0.3228, 0.3267)}
@@ -231,10 +231,10 @@ def camera(orientation):
 
 def shade(ambient, points, normals, forward):
     """Brightness (n,) of points (3, n) with outward unit normals (3, n): three lights."""
-    headlight = -(normals * forward).sum(0)  # from the camera's direction, whatever the distance
+    headlight = -(normals * forward).sum(0)  # at the camera, but as strong at every distance
     to_light = torch.nn.functional.normalize(LIGHT - points, dim=0)  # (3, n)
     spot = (normals * to_light).sum(0).clamp(min=0) * to_light[2] ** 10  # cosine law times cone
-    return ambient + HEADLIGHT * headlight.clamp(min=0) + SPOT * spot
+    return ambient + 0.58 * headlight.clamp(min=0) + 0.95 * spot
 
 
 def draw_room(eye, forward, rays):
@@ -246,7 +246,7 @@ def draw_room(eye, forward, rays):
     to_wall = to_side.minimum(to_back)
     points = eye + to_floor.minimum(to_wall) * rays
     floor = to_floor < to_wall
-    wall = ~floor & (points[2] < WALL_HEIGHT)
+    wall = ~floor & (points[2] < 2.0)  # no ceiling: above the walls is sky
     inwards = torch.where(to_side < to_back, -x.sign() * vector(1, 0, 0), vector(0, -1, 0))
     maps = torch.zeros(5, len(x))
     maps[FLOOR] = floor * shade(0.354, points, UP, forward)
@@ -264,7 +264,7 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
     maps = room.clone()
     # A floor point lies in shadow if the way from it to the light meets the object.
     blocked = first_hit(*size, points - middle, LIGHT - points).isfinite()
-    maps[FLOOR, blocked & (room[FLOOR] > 0)] = SHADOW
+    maps[FLOOR, blocked & (room[FLOOR] > 0)] = 0.337
     # Nothing in the room can stand in front of the object: where it is hit, it is what we see.
     depth = first_hit(*size, (eye - middle).expand_as(rays), rays)
     seen = depth.isfinite()
@@ -272,28 +272,23 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
     normals = outward(*size, surface - middle)
     maps[:, seen] = 0
     maps[OBJECT, seen] = shade(0.364, surface, normals, forward)
-    maps[WHITE, seen] = HIGHLIGHT * ((normals * HIGHLIGHT_FROM).sum(0) > 0)  # a step
+    maps[WHITE, seen] = 0.118 * ((normals * HIGHLIGHT_FROM).sum(0) > 0)  # a step
     return maps
 
 
-# A ray is in a convex solid for ONE interval of depths, from near to far. To cut two solids is to
-# cut their intervals, so two solids are enough for all four shapes.
+# A ray start + depth * ray is in a convex solid for ONE interval of depths, (near, far). To cut two
+# solids is to cut their intervals. So all four shapes are made of boxes and balls.
 
 
 def box(start, ray, half):
-    """(near, far) between which all coordinates of start + depth * ray lie within +-half.
-
-    With 3 coordinates a cube, with 1 the space between two planes.
-    """
+    """(near, far) between which all of 3 coordinates (a cube) or 1 (a slab) lie within +-half."""
     a, b = (-half - start) / ray, (half - start) / ray
     return a.minimum(b).amax(0), a.maximum(b).amin(0)
 
 
 def ball(start, ray, radius):
-    """(near, far) between which |start + depth * ray| < radius: with 2 coordinates an upright bar.
-
-    Solves a depth^2 + 2 b depth + c = 0; nan for a miss.
-    """
+    """(near, far) between which 3 coordinates (a ball) or 2 (a bar) are within the radius of 0."""
+    # Where |start + depth ray|^2 - radius^2 = a depth^2 + 2 b depth + c is 0; nan for a miss.
     a, b, c = (ray * ray).sum(0), (start * ray).sum(0), (start * start).sum(0) - radius ** 2
     root = (b * b - a * c).sqrt()
     return (-b - root) / a, (-b + root) / a
@@ -378,27 +373,27 @@ def image_grid(images, row_labels=None, col_labels=None, title=None, scale=1):
     """Draw uint8 images (R, C, 3, H, W) as a PIL.Image, every pixel `scale` wide, with labels."""
     tiles = torch.as_tensor(images).cpu().repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     R, C, _, H, W = tiles.shape  # (R, C, 3, scale H, scale W)
-    rows, cols, titles = row_labels or [""] * R, col_labels or [], [title] if title else []
+    rows, cols, title = list(row_labels or []), list(col_labels or []), title or ""
     font = ImageFont.load_default(size=13)
 
-    def width(texts):
-        return max([math.ceil(font.getlength(str(text))) + 8 for text in texts if text], default=0)
+    def width(text):
+        return math.ceil(font.getlength(str(text))) + 8
 
-    def label(text, wide, high):
-        """White pixels (high, wide, 3) with a text at the left."""
-        picture = Image.new("RGB", (wide, high), "white")
-        ImageDraw.Draw(picture).text((4, high / 2), str(text), "black", font, "lm")
-        return np.asarray(picture)
-
-    across = max(W, width(cols)) + 2
-    left = max(width(rows), width(titles) - C * across)
-    tiles = torch.nn.functional.pad(tiles, (0, across - W, 0, 2), value=255)
-    tiles = tiles.permute(0, 1, 3, 4, 2).numpy()  # (R, C, high, across, 3)
-    lines = [label(title, left + C * across, 18) for title in titles]
-    if cols:
-        lines += [np.hstack([label("", left, 18), *[label(col, across, 18) for col in cols]])]
-    lines += [np.hstack([label(row, left, H + 2), *tiles[r]]) for r, row in enumerate(rows)]
-    return Image.fromarray(np.vstack(lines))
+    left = max(map(width, rows), default=0)
+    top = 18 * (bool(title) + bool(cols))  # lines of 18 pixels
+    across, down = max([W, *map(width, cols)]) + 2, H + 2
+    cells = torch.nn.functional.pad(tiles, (0, across - W, 0, 2), value=255)
+    cells = cells.permute(0, 3, 1, 4, 2).reshape(R * down, C * across, 3)
+    wide = max(left + C * across, width(title))
+    sheet = Image.new("RGB", (wide, top + R * down), "white")
+    sheet.paste(Image.fromarray(cells.numpy()), (left, top))
+    write = ImageDraw.Draw(sheet).text
+    write((4, 9), title, "black", font, "lm")  # the place of the text's left end, at half height
+    for c, text in enumerate(cols):
+        write((left + c * across + W / 2, top - 9), str(text), "black", font, "mm")
+    for r, text in enumerate(rows):
+        write((left - 4, top + r * down + H / 2), str(text), "black", font, "rm")
+    return sheet
 
 
 def sample_grid(ds, columns=15):
@@ -501,7 +496,8 @@ def stored(npy, facts, device, reserve):
     with readable(npy, "run this again"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns that the file cannot be written to: fine
         pixels = torch.from_numpy(np.load(npy, mmap_mode="r"))  # (images, 64, 64, 3), on disk
-        expect("images", (*pixels.shape, pixels.dtype), (facts["images"], *SHAPE, torch.uint8))
+        found = (*pixels.shape, pixels.dtype)
+        expect("images", found, (facts["images"], *SHAPE, torch.uint8))
     if device.type == "cuda" and fits(pixels.nbytes, device, reserve):
         pixels = pixels.to(device)
 
@@ -523,7 +519,8 @@ def read_shapes3d(path, facts):
     import h5py  # here and not above: nothing else needs it
     with h5py.File(path, "r", locking=False) as file:  # others may have it open
         images, labels = file["images"], file["labels"][:]
-        expect("images", (*images.shape, images.dtype), (facts["images"], *SHAPE, np.uint8))
+        found = (*images.shape, images.dtype.name)
+        expect("images", found, (facts["images"], *SHAPE, "uint8"))
         # Published libraries have had the factor order wrong. So turn each column of values (0.75
         # ... 1.25) into value indices (0 ... 7), and compare all with Dataset.factors().
         found = [np.unique(column, return_inverse=True)[1] for column in labels.T]
@@ -542,11 +539,11 @@ def read_cars3d(path, facts):
     for name, file in car_files(path):
         with readable(f"{path}/{name}", facts["advice"], TypeError, scipy.io.matlab.MatReadError):
             im = scipy.io.loadmat(file)["im"]
-            expected = (128, 128, 3, azimuths, elevations, np.uint8)
-            expect("im", (*im.shape, im.dtype), expected)
+            expected = (128, 128, 3, azimuths, elevations, "uint8")
+            expect("im", (*im.shape, im.dtype.name), expected)
         views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)
-        views = [Image.fromarray(view).resize((SIZE, SIZE), Image.LANCZOS) for view in views]
-        cars[name] = [np.asarray(view) for view in views]
+        cars[name] = [np.asarray(Image.fromarray(view).resize((SIZE, SIZE), Image.LANCZOS))
+                      for view in views]
     expect("files cars/car_*.mat", len(cars), types)
     # Row-major in (elevation, azimuth, object type): the car changes fastest. Which car is number 0
     # is only a name: disentanglement_lib takes the order of the folder on disk, we sort.
@@ -573,8 +570,8 @@ def read_mpi3d_toy(path, facts):
     with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         np.lib.format.read_magic(file)  # the first 8 bytes
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        expected = (facts["images"], *SHAPE, np.uint8, False)
-        expect("images", (*shape, dtype, fortran_order), expected)
+        expected = (facts["images"], *SHAPE, "uint8", False)
+        expect("images", (*shape, dtype.name, fortran_order), expected)
         for _ in range(facts["images"]):
             yield np.frombuffer(file.read(math.prod(SHAPE)), np.uint8).reshape(SHAPE)
         expect("bytes after the last image", len(file.read(1)), 0)  # makes zip check its checksum
@@ -590,12 +587,14 @@ def read_celeba(path, facts):
     for name in facts["names"]:
         with readable(folder / name, facts["advice"]):
             packed = (folder / name).read_bytes()
-            expect("first bytes", packed[:3], b"\xff\xd8\xff")  # of every JPEG file
-            with Image.open(io.BytesIO(packed)) as photo:
-                expect("size", photo.size, (178, 218))
-                # Paper: "resized", with no word on a crop. Some cut to the middle 148; the full
-                # width keeps hair and hats.
-                face = ImageOps.fit(photo.convert("RGB"), (SIZE, SIZE), Image.LANCZOS)
+            try:
+                photo = Image.open(io.BytesIO(packed), formats=["JPEG"])
+            except UnidentifiedImageError:  # its own text shows a BytesIO
+                raise ValueError(f"begins with {packed[:4]}, expected a JPEG file") from None
+            expect("size", photo.size, (178, 218))
+            # Paper: "resized", with no word on a crop. Some cut to the middle 148; the full width
+            # keeps hair and hats.
+            face = ImageOps.fit(photo.convert("RGB"), (SIZE, SIZE), Image.LANCZOS)
         yield np.asarray(face)
 
 
@@ -606,16 +605,16 @@ def read_celeba_attributes(data_dir, facts, device):
         path = data_dir / "list_attr_celeba.txt"
     with readable(path, facts["advice"]):
         text = path.read_text(encoding="utf-8-sig").replace(",", " ")  # sig: a mark of Windows
-        # More than one word: the .txt begins with a count, which is not needed. And only the .csv
-        # names its first column.
-        lines = [line for line in text.splitlines() if len(line.split()) > 1]
-        lines[0] = "image_id " + lines[0].removeprefix("image_id")
-        table = np.loadtxt(lines, dtype=str, comments=None, ndmin=2)  # (1 + images, 1 + F)
-        expect("images", len(table) - 1, facts["images"])
-        values = table[1:, 1:]
-        expect("attribute values", set(values.flat), {"-1", "1"})
-    labels = torch.from_numpy(values == "1").to(device)
-    return dict(names=table[1:, 0], factors=dict.fromkeys(table[0, 1:], 2), labels=labels)
+        # More than one word: the .txt begins with a count, which is not needed.
+        head, *rows = [line for line in text.splitlines() if len(line.split()) > 1]
+        attributes = head.removeprefix("image_id").split()  # the .csv names this column too
+        expect("images", len(rows), facts["images"])
+        expect("words in a row", len(rows[0].split()), 1 + len(attributes))
+        columns = range(1, 1 + len(attributes))
+        labels = np.loadtxt(rows, dtype=np.int8, usecols=columns, ndmin=2)  # (images, F)
+        expect("attribute values", np.unique(labels).tolist(), [-1, 1])
+    return dict(names=[row.split()[0] for row in rows], factors=dict.fromkeys(attributes, 2),
+                labels=torch.from_numpy(labels > 0).to(device))
 
 
 READERS = {"shapes3d": read_shapes3d, "cars3d": read_cars3d, "mpi3d_toy": read_mpi3d_toy,

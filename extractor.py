@@ -35,7 +35,7 @@ class UnitLinear(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Image -> latent units c. Table 9 with the default arguments. ValueError if too small.
+    """Image -> latent units c. Table 9 with the default arguments.
 
     Args:
         n_units: N. The paper does not say; its released configuration has 20.
@@ -55,19 +55,23 @@ class Extractor(nn.Module):
                  fsq_levels=()):
         super().__init__()
         self.shrink, self.unit_relu = shrink, unit_relu
-        side = 64 // shrink // 2 ** (len(channels) - 1)
-        if side < 1:
-            raise ValueError(f"{len(channels) - 1} halvings leave nothing of {64 // shrink} pixels")
-
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
         # first fully connected layer takes 4096 = 256 x 4 x 4 numbers, so 64 pixels are halved
         # four times: kernel 4, stride 2, padding 1. The parameter count agrees (23.570M).
-        layers = [nn.Conv2d(3, channels[0], 7, padding=3), nn.BatchNorm2d(channels[0]), nn.ReLU()]
+        layers = [
+            nn.Conv2d(3, channels[0], 7, padding=3),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(),
+        ]
         for c_in, c_out in zip(channels[:-1], channels[1:]):
-            layers.append(nn.Conv2d(c_in, c_out, 4, stride=2, padding=1))
-            layers += [nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(c_in, c_out, 4, stride=2, padding=1),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+            ]
         self.cnn = nn.Sequential(*layers)
 
+        side = 64 // shrink // 2 ** (len(channels) - 1)  # of the last feature map, in pixels
         widths = [channels[-1] * side * side, *hidden]
         dense = []
         for d_in, d_out in zip(widths[:-1], widths[1:]):
@@ -134,7 +138,8 @@ def main():
     s = net.to_scalars(x.flatten(1))
     print(f"scalars      {tuple(s.shape)}   one number per unit")
     print(f"units c      {tuple(net.expand(s).shape)}   the set that the U-Net cross-attends to")
-    print(f"parameters   {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M   (Table 9: 23.570M)")
+    count = sum(p.numel() for p in net.parameters())
+    print(f"parameters   {count / 1e6:.3f}M   (Table 9: 23.570M)")
 
 
 if __name__ == "__main__":

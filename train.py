@@ -185,7 +185,7 @@ def train_stage1(run):
     vqgan.eval()
     images = run.ds.images(run.fit_idx[:1024])
     z = torch.cat([vqgan.encode(x) for x in images.split(128)])  # (n, Z, h, w)
-    vqgan.latent_std.mul_(z.std())
+    vqgan.latent_std.copy_(z.std())
     drawn = torch.cat([vqgan.reconstruct(x) for x in images.split(128)])  # (n, 3, 64, 64)
     decibels = psnr(images, drawn)
     run.log(reconstruction_psnr=decibels)
@@ -303,10 +303,7 @@ class Run:
         self.cfg, self.out, self.device = cfg, out, args.device
         self.ckpt_path, self.log_path = self.out / "ckpt.pt", self.out / "log.jsonl"
         self.world, self.rank = world, dist.get_rank() if world > 1 else 0
-        self.bfloat16 = cfg["precision"] == "bfloat16"
-        if cfg["precision"] == "auto" and self.device.type == "cuda":
-            # Older GPUs emulate it slowly. On CPUs scores seemed to suffer.
-            self.bfloat16 = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        self.bfloat16 = in_bfloat16(cfg["precision"], self.device)
 
         torch.manual_seed(self.seed_of(0))  # the initial weights
         self.model = Model(cfg).to(self.device).eval()
@@ -324,6 +321,8 @@ class Run:
         order = torch.randperm(len(self.ds), generator=generator).to(self.device)
         self.fit_idx = order[:cfg["fit_images"]]
         self.pool = order[:cfg["pool_images"] or len(order)]
+        if not cfg["minutes"]:
+            self.pool = self.pool[:cfg["images"]]  # encode no more than will be seen
 
         # For each stage: images seen, minutes spent.
         self.seen, self.minutes = {1: 0, 2: 0}, {1: 0.0, 2: 0.0}
@@ -435,7 +434,7 @@ class Run:
             "stage1_minutes": self.minutes[1], "minutes": sum(self.minutes.values()),
             "log_bytes": self.log_path.stat().st_size,
             "model": self.model.state_dict(), "average": self.average.state_dict(),
-            "disc": self.disc.state_dict() if self.disc else {},
+            "disc": self.disc.state_dict() if self.disc and self.stage == 1 else {},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         try:
@@ -739,6 +738,13 @@ def pick_device(text):
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {text}: cannot be used here ({reason}); try cpu") from error
+
+
+def in_bfloat16(precision, device):
+    """Does stage 2 compute in bfloat16?"""
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it slowly
+    return precision == "bfloat16"  # not by itself on a CPU: scores seemed to suffer
 
 
 def check_memory(run):

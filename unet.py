@@ -228,8 +228,11 @@ class UNet(nn.Module):
         self.skip_dropout, self.skip_dropout_where = skip_dropout, skip_dropout_where
         self.backbone_dropout = backbone_dropout
         time_dim = 4 * base
-        self.time_mlp = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(),
-                                      nn.Linear(time_dim, time_dim))
+        self.time_mlp = nn.Sequential(
+            nn.Linear(base, time_dim),
+            nn.SiLU(),
+            nn.Linear(time_dim, time_dim),
+        )
 
         def res(c_in, c_out, resample=None):
             return ResBlock(c_in, c_out, time_dim, groups, dropout, resample)
@@ -254,9 +257,11 @@ class UNet(nn.Module):
                 skip_widths.append(width)
                 factor *= 2
 
-        self.middle = Blocks([res(width, width),
-                              Transformer(width, context_dim, groups, heads, self_attention),
-                              res(width, width)])
+        self.middle = Blocks([
+            res(width, width),
+            Transformer(width, context_dim, groups, heads, self_attention),
+            res(width, width),
+        ])
 
         self.up_factors = []  # the downsampling factor at which each up stage takes its skip
         for level, multiplier in reversed(list(enumerate(multipliers))):
@@ -343,7 +348,7 @@ def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
         eps_hat = unet(z_t, t * ones, c_tilde, maps)
         z0_hat = (z_t - (1 - a).sqrt() * eps_hat) / a.sqrt()
         z_t = b.sqrt() * z0_hat + (1 - b).sqrt() * eps_hat
-        for m in maps or []:  # (B, H*W, N)
+        for m in maps or ():  # (B, H*W, N)
             side = math.isqrt(m.shape[1])
             m = m.mT.unflatten(2, (side, side))  # (B, N, H, W)
             total = total + F.interpolate(m, size=z_t.shape[-2:], mode="bilinear")

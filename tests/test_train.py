@@ -1,6 +1,5 @@
-"""Facts about the run: command line, checkpoint, log, determinism, resuming."""
+"""Facts about the run: command line, settings, checkpoint, log, determinism, resuming."""
 
-import collections
 import json
 import shutil
 import subprocess
@@ -14,15 +13,21 @@ import data
 import train
 
 ROOT = Path(train.__file__).parent
+TINY = ["--dataset", "shapes3d", "--preset", "tiny", "--device", "cpu"]
 # A course of a few steps: two fits of the anchors and several rows of the log.
-SHORT = ["--preset", "tiny", "--device", "cpu", "--stage1_images", "96", "--images", "320", "--epoch_images", "128",
-         "--fit_images", "150", "--ddim_steps", "2", "--dyga.k_max", "8", "--dyga.max_iter", "5"]
+SHORT = [*TINY, "--stage1.images", "96", "--images", "320", "--epoch_images", "128", "--fit_images",
+         "150", "--ddim_steps", "2", "--dyga.k_max", "8", "--dyga.max_iter", "5"]
+
+
+@pytest.fixture(autouse=True)
+def rows_of_every_second_step(monkeypatch):
+    monkeypatch.setattr(train, "LOG_STEPS", 2)
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
 
 
 def run_main(monkeypatch, *flags):
-    """Run train.py's main in this process as the command line would; returns the exit code."""
+    """Run train.py's main in this process as the command line would -> exit code."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # the test runner keeps its own handlers
     try:
         data.run(train.main)
     except SystemExit as stop:
@@ -30,51 +35,59 @@ def run_main(monkeypatch, *flags):
     return 0
 
 
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The real command, in a process of its own, on a short course."""
+    """The real command, in a process of its own, on a short course: its folder and its words."""
     out = tmp_path_factory.mktemp("run")
-    command = [sys.executable, str(ROOT / "train.py"), "--dataset", "shapes3d", "--out", str(out), *SHORT]
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *SHORT]
     result = subprocess.run(command, capture_output=True, text=True, cwd=out)
     assert result.returncode == 0, result.stderr
-    return out, result.stdout
+    return out, result
 
 
-# ---- what a run writes ----
+# ---- what a run writes and says ----
 
 
-def test_a_run_writes_its_four_files_and_says_what_was_chosen(finished):
-    out, printed = finished
-    assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl", "samples.png", "loss.png"}
-    first = printed.splitlines()[0]
-    for word in ("preset tiny", "as asked", "device cpu", "float32", "rendered twin", "minute"):
-        assert word in first
+def test_a_run_writes_its_three_files_and_says_what_was_chosen(finished):
+    out, result = finished
+    assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl", "samples.png"}
+    first, second = result.stdout.splitlines()[:2]
+    assert "rendered twin" in first
+    for word in ("preset tiny", "device cpu", "float32", str(out)):
+        assert word in second
 
 
-def test_log_has_one_json_row_per_line_with_losses_and_anchors(finished):
-    rows = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
-    assert {"psnr", "codes_used", "adversarial_weight"} <= rows[0].keys()
-    assert any("reconstruction_psnr" in row for row in rows)
-    losses = [row["images"] for row in rows if "loss" in row]
-    assert losses == sorted(set(losses)) and losses[-1] == 320
-    fits = [row for row in rows if "anchors" in row]
-    assert [row["images"] for row in fits] == [128, 256, 320] and [row["of"] for row in fits][-1] == "average"
+def test_without_a_terminal_progress_comes_in_plain_lines_not_a_rewritten_one(finished):
+    lines = [line for line in finished[1].stderr.split("\n") if "stage 2" in line]
+    assert 1 <= len(lines) <= 4 and all(line.count("images") <= 2 for line in lines)
+
+
+def test_log_has_losses_and_anchors(finished):
+    found = rows(finished[0])
+    assert {"psnr", "codes_used", "adversarial_weight", "disc_loss"} <= found[0].keys()
+    assert any("reconstruction_psnr" in row for row in found)
+    assert [row["images"] for row in found if "loss" in row][-1] == 320
+    fits = [row for row in found if "anchors" in row]
+    assert [row["of"] for row in fits] == ["training", "training", "average"]
     assert all(len(row["anchors"]) == 6 for row in fits)
 
 
 def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
     model, ckpt = train.load_checkpoint(finished[0] / "ckpt.pt")
-    assert ckpt["dataset"] == {"name": "shapes3d", "source": "rendered"} and ckpt["images_seen"] == 320
-    images = data.load("shapes3d").images(torch.tensor([0, 77, 479_999]))
-    c = model.units(images)
-    assert c.shape == (3, 6, 32) and not model.training
+    assert ckpt["dataset"] == {"name": "shapes3d", "source": "rendered"}
+    assert ckpt["images_seen"] == 320 and not model.training
+    c = model.units(data.load("shapes3d").images(torch.tensor([0, 77, 479_999])))
     noise = model.noise(3, torch.Generator().manual_seed(0))
     sample = model.sample(model.dyga.align(c), noise)
-    assert sample.shape == (3, 3, 64, 64) and sample.dtype == torch.uint8
+    assert c.shape == (3, 6, 32) and sample.shape == (3, 3, 64, 64)
     assert torch.equal(sample, model.sample(model.dyga.align(c), noise))
     # The average has its own weights and anchors, not the training ones.
-    assert not torch.equal(ckpt["average"]["unet.conv_in.weight"], ckpt["model"]["unet.conv_in.weight"])
-    assert not torch.equal(ckpt["average"]["dyga.anchors"], ckpt["model"]["dyga.anchors"])
+    for name in ("unet.conv_in.weight", "extractor.cnn.1.running_var", "dyga.anchors"):
+        assert not torch.equal(ckpt["average"][name], ckpt["model"][name])
 
 
 def test_a_run_takes_numbers_too_small_for_full_precision_as_zero(monkeypatch):
@@ -87,250 +100,225 @@ def test_a_run_takes_numbers_too_small_for_full_precision_as_zero(monkeypatch):
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("precision, device, expected", [
-    ("auto", "cpu", False), ("auto", "cuda", True), ("float32", "cuda", False), ("bfloat16", "cpu", True)])
-def test_auto_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(precision, device, expected):
-    assert train.in_bfloat16({"precision": precision}, torch.device(device)) is expected
+@pytest.mark.parametrize("precision, capability, expected", [
+    ("auto", (8, 0), True), ("auto", (7, 5), False), ("float32", (9, 0), False),
+    ("bfloat16", None, True), ("auto", None, False)])
+def test_auto_is_bfloat16_where_a_gpu_computes_in_it(precision, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda" if capability else "cpu")
+    assert train.in_bfloat16(precision, device) is expected
 
 
-def test_a_run_in_bfloat16_has_float32_weights_and_losses_near_those_of_float32(finished, tmp_path, monkeypatch):
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path, *SHORT, "--precision", "bfloat16") == 0
-    exact, half = ([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-                   for out in (finished[0], tmp_path))
-    exact, half = ([row["loss"] for row in rows if "loss" in row] for rows in (exact, half))
-    assert half != exact and half == pytest.approx(exact, rel=0.02)
+def test_a_run_in_bfloat16_has_float32_weights_and_losses_near_those_of_float32(
+        finished, tmp_path, monkeypatch):
+    flags = [*SHORT, "--out", tmp_path, "--precision", "bfloat16"]
+    assert run_main(monkeypatch, *flags) == 0
+    half = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    exact = [row["loss"] for row in rows(finished[0]) if "loss" in row]
+    assert half[-1] != exact[-1]
+    assert sum(half) / len(half) == pytest.approx(sum(exact) / len(exact), rel=0.03)
     model = train.read_checkpoint(tmp_path / "ckpt.pt")["model"]
-    trained = {x.dtype for name, x in model.items() if name.startswith(("unet.", "extractor.")) and x.ndim}
-    assert trained == {torch.float32}
+    trained = [x for name, x in model.items() if name.startswith(("unet.", "extractor."))]
+    assert {x.dtype for x in trained if x.ndim} == {torch.float32}
 
 
-# ---- determinism and resuming ----
+# ---- determinism and resuming (test_crash.py kills and resumes) ----
 
 
 def same(a, b):
-    return {k for k in a if not torch.equal(a[k], b[k])} == set() and a.keys() == b.keys()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_same_seed_same_numbers_and_another_seed_other_numbers(finished, tmp_path, monkeypatch):
     first = train.read_checkpoint(finished[0] / "ckpt.pt")
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "a", *SHORT) == 0
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "a") == 0
     second = train.read_checkpoint(tmp_path / "a" / "ckpt.pt")
     assert same(first["model"], second["model"]) and same(first["average"], second["average"])
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "b", "--seed", 1, *SHORT) == 0
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "b", "--seed", 1) == 0
     third = train.read_checkpoint(tmp_path / "b" / "ckpt.pt")
-    assert not torch.equal(first["model"]["unet.conv_in.weight"], third["model"]["unet.conv_in.weight"])
-
-
-@pytest.mark.parametrize("stage, images", [(1, 48), (2, 192)])
-def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(finished, tmp_path, monkeypatch, stage, images):
-    out = tmp_path / "run"
-    log = train.Run.tally
-
-    def stop_here(self, at, **values):
-        log(self, at, **values)
-        if at == stage and self.seen[at] + self.batch[at] >= images:
-            self.stopped_by = "SIGTERM"
-
-    monkeypatch.setattr(train.Run, "tally", stop_here)
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", out, *SHORT) == 130
-    assert train.read_checkpoint(out / "ckpt.pt")["stage"] == stage
-    monkeypatch.setattr(train.Run, "tally", log)
-    # A row that was logged after the checkpoint, and one torn in the middle, must not survive.
-    with open(out / "log.jsonl", "a") as f:
-        f.write('{"stage": 2, "images": 999, "loss": 1.0}\n{"stage": 2, "ima')
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", out, "--resume") == 0
-    whole, resumed = (train.read_checkpoint(o / "ckpt.pt") for o in (finished[0], out))
-    for key in ("model", "average"):
-        assert same(whole[key], resumed[key])
-    assert torch.equal(whole["rng"], resumed["rng"])
-
-    def rows(o):
-        found = [json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if k not in ("minutes", "images_per_s", "fit_s")} for row in found]
-
-    assert rows(finished[0]) == rows(out)
+    name = "unet.conv_in.weight"
+    assert not torch.equal(first["model"][name], third["model"][name])
 
 
 @pytest.mark.parametrize("flags, held", [
-    (["--lr", "0.5"], "with 0.001"), (["--seed", "1"], "with 0"), (["--preset", "laptop"], "with tiny"),
-    (["--images", "640"], "with 320"), (["--minutes", "9.0"], "without it"), (["--stage1_from", "a.pt"], "without it"),
-    (["--unet.multipliers", "1", "4"], "with [1, 2]"), (["--no-unet.self_attention"], "with True")])
-def test_a_flag_that_contradicts_the_checkpoint_is_refused_by_name(flags, held, finished, monkeypatch, capsys):
+    (["--lr", "0.5"], "0.001"), (["--seed", "1"], "0"), (["--preset", "laptop"], "tiny"),
+    (["--images", "640"], "320"), (["--minutes", "9.0"], "None"),
+    (["--unet.multipliers", "1", "4"], "[1, 2]"), (["--no-unet.self_attention"], "True")])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_by_name(
+        flags, held, finished, monkeypatch, capsys):
     before = (finished[0] / "ckpt.pt").read_bytes()
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", finished[0], "--resume", *flags) == 2
+    resume = ["--dataset", "shapes3d", "--out", finished[0], "--resume"]
+    assert run_main(monkeypatch, *resume, *flags) == 2
     line = capsys.readouterr().err
-    name, value = flags[0].replace("no-", ""), {1: "False", 2: flags[-1], 3: "[1, 4]"}[len(flags)]
-    assert f"{name} {value}: the run to resume began {held};" in line and line.count("\n") == 1
-    assert (finished[0] / "ckpt.pt").read_bytes() == before
+    assert flags[0].replace("no-", "") in line and f"began with {held};" in line
+    assert line.count("\n") == 1 and (finished[0] / "ckpt.pt").read_bytes() == before
 
 
-def test_the_same_command_and_resume_adds_nothing_to_a_finished_run(finished, tmp_path, monkeypatch):
+def test_the_same_command_and_resume_adds_nothing_to_a_finished_run(
+        finished, tmp_path, monkeypatch):
     shutil.copytree(finished[0], tmp_path / "run")
-    flags = ["--dataset", "shapes3d", "--out", tmp_path / "run", "--seed", 0, *SHORT, "--resume"]
-    assert run_main(monkeypatch, *flags) == 0
-    assert (tmp_path / "run" / "log.jsonl").read_text() == (finished[0] / "log.jsonl").read_text()
-    before, after = (train.read_checkpoint(out / "ckpt.pt") for out in (finished[0], tmp_path / "run"))
-    assert same(before["average"], after["average"]) and torch.equal(before["rng"], after["rng"])
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "run", "--resume") == 0
+    assert rows(tmp_path / "run") == rows(finished[0])
+    before, after = (train.read_checkpoint(out / "ckpt.pt") for out in
+                     (finished[0], tmp_path / "run"))
+    assert same(before["average"], after["average"])
 
 
-def test_a_checkpoint_that_lacks_a_setting_is_not_resumed(finished, tmp_path, monkeypatch, capsys):
-    ckpt = train.read_checkpoint(finished[0] / "ckpt.pt")
-    del ckpt["config"]["unet.base"]
-    torch.save(ckpt, tmp_path / "ckpt.pt")
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path, "--resume") == 2
-    assert "no setting unet.base" in capsys.readouterr().err
+def test_a_finished_stage_1_can_be_copied_and_resumed_with_other_settings_of_stage_2(
+        tmp_path, monkeypatch, capsys):
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "a", "--stage1_only") == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    resume = ["--dataset", "shapes3d", "--out", tmp_path / "b", "--resume"]
+    assert run_main(monkeypatch, *resume, "--vqgan.channels", 24) == 2
+    assert "--vqgan.channels 24" in capsys.readouterr().err
+    other = ["--batch", 16, "--seed", 3, "--extractor.n_units", 3]
+    assert run_main(monkeypatch, *resume, *other) == 0
+    ours, theirs = (train.read_checkpoint(tmp_path / x / "ckpt.pt")["model"] for x in "ba")
+    assert same(train.part(ours, "vqgan"), train.part(theirs, "vqgan"))
+    assert ours["dyga.mask"].shape[0] == 3
 
 
-def test_stage1_of_another_run_can_be_taken_over(finished, tmp_path, monkeypatch):
-    flags = ["--dataset", "shapes3d", "--stage1_from", finished[0] / "ckpt.pt", "--out"]
-    assert run_main(monkeypatch, *flags, tmp_path / "a", *SHORT) == 0
-    ours, theirs = (train.read_checkpoint(o / "ckpt.pt")["model"] for o in (tmp_path / "a", finished[0]))
-    for name, weights in train.part(theirs, "vqgan").items():
-        torch.testing.assert_close(ours[f"vqgan.{name}"], weights)
-    assert run_main(monkeypatch, *flags, tmp_path / "b", *SHORT, "--vqgan.channels", 24) == 2
-
-
-def test_stage_2_passes_over_one_pool_of_images_and_its_latents_again_and_again(finished, tmp_path, monkeypatch):
-    forward, times_seen = train.Model.forward, collections.Counter()
+def test_stage_2_draws_from_one_pool_of_images_and_hands_on_their_latents(
+        finished, tmp_path, monkeypatch):
+    forward, seen = train.Model.forward, set()
 
     def watched(self, images, z0):
-        times_seen.update(image.numpy().tobytes() for image in images)
-        torch.testing.assert_close(z0, self.vqgan.encode(images), atol=1e-3, rtol=1e-3)  # kept as float16
+        seen.update(image.numpy().tobytes() for image in images)
+        torch.testing.assert_close(z0, self.vqgan.encode(images), atol=1e-3, rtol=1e-3)  # float16
         return forward(self, images, z0)
 
     monkeypatch.setattr(train.Model, "forward", watched)
-    flags = [*SHORT, "--pool_images", "64", "--epoch_images", "0", "--stage1_from", finished[0] / "ckpt.pt"]
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path, *flags) == 0
-    assert len(times_seen) == 64 and set(times_seen.values()) == {5}  # 320 images
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    fits = [row["images"] for row in rows if row.get("of") == "training"]
-    assert fits == [64, 128, 192, 256, 320]  # an epoch is one pass over the pool
+    flags = [*SHORT, "--out", tmp_path, "--pool_images", "64", "--epoch_images", "0"]
+    assert run_main(monkeypatch, *flags) == 0
+    assert 50 < len(seen) <= 64
+    fits = [row["images"] for row in rows(tmp_path) if row.get("of") == "training"]
+    assert len(fits) == 5  # an epoch is as many images as the pool has: 320 / 64
 
 
-def test_minutes_ends_the_course_in_time_with_a_complete_checkpoint(finished, tmp_path, monkeypatch):
-    flags = ["--dataset", "shapes3d", "--preset", "tiny", "--minutes", "0.1", "--stage1_from", finished[0] / "ckpt.pt"]
-    assert run_main(monkeypatch, *flags, "--out", tmp_path / "a") == 0
-    model, ckpt = train.load_checkpoint(tmp_path / "a" / "ckpt.pt")
-    assert 0.05 < ckpt["minutes"] < 0.3 and model.dyga.mask.any()
-    borrowed = train.read_checkpoint(finished[0] / "ckpt.pt")["model"]  # and it was not trained any further
-    assert torch.equal(ckpt["model"]["vqgan.encoder.1.weight"], borrowed["vqgan.encoder.1.weight"])
+def test_a_batch_larger_than_the_pool_counts_what_a_step_really_sees(tmp_path, monkeypatch):
+    flags = [*SHORT, "--out", tmp_path, "--pool_images", "8", "--batch", "32", "--images", "640",
+             "--epoch_images", "320"]
+    assert run_main(monkeypatch, *flags) == 0
+    assert len([row for row in rows(tmp_path) if row.get("of") == "training"]) == 2
+    assert train.read_checkpoint(tmp_path / "ckpt.pt")["images_seen"] == 640
 
 
-def test_a_timed_course_goes_by_the_clock_alone(tmp_path):
-    args = train.build_parser().parse_args(["--dataset", "shapes3d", "--out", str(tmp_path), "--minutes", "10", *SHORT])
-    args.device = torch.device("cpu")
-    run = train.Run(args, train.settings(args))
-    run.stage, run.minutes, run.seen = 2, {1: 1.0, 2: 4.3}, {1: 96, 2: 320_000}  # far beyond the preset's images
-    assert next(run.course(2))[1] == pytest.approx(0.5)  # of 9.6 minutes, less stage 1's
-    run.minutes[1] = 9.9  # stage 1 left nothing
-    assert next(run.course(2), None) is None
-
-
-def test_stage1_is_not_taken_from_a_run_that_was_still_training_it(finished, tmp_path, monkeypatch, capsys):
-    torch.save(train.read_checkpoint(finished[0] / "ckpt.pt") | {"stage": 1}, tmp_path / "half.pt")
-    flags = ["--dataset", "shapes3d", "--stage1_from", tmp_path / "half.pt", "--out", tmp_path / "a"]
-    assert run_main(monkeypatch, *flags, *SHORT) == 2
-    assert "half.pt: its stage 1 has not ended" in capsys.readouterr().err
-
-
-def test_a_torn_last_row_of_the_log_is_left_out_of_the_loss_picture(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"images": 10, "loss": 0.5}\n{"images": 20, "loss": 0.25}\n')
-    train.loss_picture(tmp_path / "log.jsonl", tmp_path / "whole.png")
-    with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"images": 30, "lo')
-    train.loss_picture(tmp_path / "log.jsonl", tmp_path / "torn.png")
-    assert (tmp_path / "torn.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+def test_minutes_ends_the_course_in_time_with_a_complete_checkpoint(tmp_path, monkeypatch):
+    assert run_main(monkeypatch, *TINY, "--out", tmp_path, "--minutes", "0.15") == 0
+    model, ckpt = train.load_checkpoint(tmp_path / "ckpt.pt")
+    assert 0.05 < ckpt["minutes"] < 0.5 and model.dyga.mask.any()
+    assert ckpt["stage1_minutes"] < 0.5 * ckpt["minutes"]
 
 
 # ---- settings ----
 
 
-def test_every_setting_has_a_help_text_and_every_preset_names_real_settings():
-    known = train.all_settings()
-    assert all(len(text) > 1 for _, text in known.values())
-    for preset in [*train.PRESETS.values(), *train.PER_DATASET.values()]:
-        assert preset.keys() <= known.keys()
+def test_every_preset_names_real_settings_within_their_ranges():
+    for name, preset in train.PRESETS.items():
+        for changes in [{}, *train.PER_DATASET.values()]:
+            cfg = train.default_settings() | preset | changes | {"seed": 0, "minutes": None}
+            assert cfg.keys() == train.SETTINGS.keys() | {"seed", "minutes"}, name
+            train.check_settings(cfg, world=1)
 
 
-def test_flag_beats_dataset_beats_preset_beats_default():
+def test_flag_beats_dataset_beats_preset_beats_default(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
     def chosen(*flags):
-        args = train.build_parser().parse_args(flags)
-        args.device = torch.device("cpu")
-        return train.settings(args)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", "--dataset", *flags])
+        return train.parse()[2]
 
-    assert chosen("--dataset", "celeba", "--preset", "paper")["batch"] == 64
-    assert chosen("--dataset", "celeba", "--preset", "paper", "--batch", "7")["batch"] == 7
-    assert chosen("--dataset", "shapes3d", "--preset", "paper")["unet.base"] == 64
-    assert chosen("--dataset", "shapes3d")["preset"] == "laptop"
-    assert chosen("--dataset", "cars3d", "--preset", "paper")["fit_every"] == 5
+    assert chosen("celeba", "--preset", "paper")["batch"] == 64
+    assert chosen("celeba", "--preset", "paper", "--batch", "7")["batch"] == 7
+    assert chosen("shapes3d", "--preset", "paper")["unet.base"] == 64
+    assert chosen("shapes3d")["preset"] == "laptop"
+    assert chosen("cars3d", "--preset", "paper")["fit_every"] == 5
 
 
-# ---- errors are for people ----
+def numeric_flags():
+    default = train.default_settings() | {"seed": 0, "minutes": 1.0}
+    numbers = [name for name, value in default.items()
+               if isinstance(value, (int, float, list)) and not isinstance(value, bool)]
+    return sorted(numbers)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e30", str(10 ** 30)])
+def test_no_number_of_any_flag_ends_in_a_traceback(value, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(numeric_flags()) > 50
+    for name in numeric_flags():
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--{name}={value}"])
+
+        def check():
+            cfg = train.parse()[2]
+            train.check_settings(cfg, world=1)
+
+        try:
+            data.run(check)
+        except SystemExit as stop:
+            line = capsys.readouterr().err
+            assert stop.code == 2 and line.count("\n") == 1 and f"--{name}" in line, line
+        else:  # 0 switches it off, or is a value like others
+            assert value == "0", (name, value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "shapes3d", "--bacth", "3"], ["unrecognized", "--bacth"]),
+    (["--bacth", "3"], ["unrecognized", "--bacth"]),
     (["--dataset", "shapes"], ["shapes", "cars3d"]),
-    (["--dataset", "shapes3d", "--preset", "huge"], ["huge", "laptop"]),
-    (["--dataset", "shapes3d", "--batch", "many"], ["many", "int"]),
-    (["--dataset", "cars3d", "--preset", "tiny"], ["cars3d", "nips2015-analogy-data"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--unet.heads", "3"], ["heads"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--resume"], ["ckpt.pt", "no such file"]),
-    (["--dataset", "shapes3d", "--device", "cuda:99"], ["cuda:99", "cpu"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--vqgan.patch", "3"], ["do not fit"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--batch", "0"], ["--batch", "more than 0"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--minutes", "-5"], ["--minutes", "more than 0"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--stage1.restart_images", "0"], ["--stage1.restart_images"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--clip", "-1"], ["--clip", "0 or more"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--pool_images", "-1"], ["--pool_images is -1", "0 (the whole"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--lr", "-1"], ["do not fit", "learning rate"]),
-    (["--dataset", "shapes3d", "--preset", "tiny", "--unet.skip_dropout", "1"], ["skip_dropout 1", "[0, 1)"]),
+    (["--preset", "huge"], ["huge", "laptop"]), (["--batch", "many"], ["many", "int"]),
+    (["--dataset", "cars3d"], ["cars3d", "nips2015-analogy-data"]),
+    (["--resume"], ["ckpt.pt", "no such file"]), (["--device", "cuda:99"], ["cuda:99", "cpu"]),
+    (["--ddim_steps", "5000"], ["--ddim_steps 5000", "1..1000"]),
+    (["--unet.heads", "3"], ["--unet.base 16", "multiple"]),
+    (["--vqgan.patch", "3"], ["--vqgan.patch 3", "64 pixels"]),
+    (["--vqgan.channels", "20"], ["--vqgan.channels 20", "--vqgan.group_channels"]),
+    (["--unet.multipliers", "1", "1", "1", "1", "1"], ["--unet.multipliers", "8 pixels"]),
+    (["--extractor.channels", "4", "4", "4", "4", "4", "4"], ["--extractor.channels", "halve"]),
+    (["--dyga.k_init", "40"], ["--dyga.k_init 40", "--dyga.k_max"]),
 ])
-def test_mistakes_end_in_one_line_exit_code_2_and_nothing_written(flags, words, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_line_exit_code_2_and_nothing_written(
+        flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, *flags) == 2
+    assert run_main(monkeypatch, *TINY, *flags) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_that_is_a_file_is_refused_and_left_alone(tmp_path, monkeypatch, capsys):
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train, "UNet", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run_main(monkeypatch, *SHORT, "--out", tmp_path)
+
+
+def test_out_that_is_a_file_or_another_run_is_refused_and_left_alone(
+        finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").write_text("mine")
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "taken", *SHORT) == 2
-    assert "expected a folder" in capsys.readouterr().err and (tmp_path / "taken").read_text() == "mine"
-
-
-def test_a_second_run_does_not_overwrite_the_first(finished, monkeypatch, capsys):
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", finished[0], *SHORT) == 2
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "taken") == 2
+    assert "expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+    assert run_main(monkeypatch, *SHORT, "--out", finished[0]) == 2
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", bytes(range(256)) * 40, "half", "other"])
-def test_foreign_checkpoints_are_refused_in_one_line(content, finished, tmp_path):
-    path = tmp_path / "ckpt.pt"
-    if content == "half":
-        whole = (finished[0] / "ckpt.pt").read_bytes()
-        path.write_bytes(whole[:len(whole) // 2])
-    elif content == "other":
-        torch.save({"state_dict": {}}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(data.UserError, match="expected") as caught:
-        train.load_checkpoint(path)
-    assert "\n" not in str(caught.value)
+def test_a_step_that_does_not_fit_into_the_gpu_names_the_largest_half_that_does(monkeypatch):
+    def step(run, batch):
+        if batch > 100:
+            raise torch.OutOfMemoryError
 
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch, capsys):
-    assert run_main(monkeypatch, "--dataset", "shapes3d", "--out", tmp_path / "a", *SHORT, "--lr", "1e30") == 2
-    message = capsys.readouterr().err
-    assert "loss" in message and "of stage 2 is not finite at step" in message and "lower --lr" in message
-    assert "last good checkpoint: none yet" in message
+    monkeypatch.setattr(train, "trial_step", step)
+    run = type("Run", (), {"cfg": {"batch": 512}, "world": 1, "device": torch.device("cuda")})
+    with pytest.raises(data.UserError, match="--batch 512: .* at most --batch 64"):
+        train.check_memory(run)
 
 
 def test_components_never_import_each_other():
     parts = {"data", "vqgan", "unet", "extractor", "dyga"}
     for name in parts:
-        source = (ROOT / f"{name}.py").read_text()
-        imports = [line for line in source.splitlines() if line.strip().startswith(("import ", "from "))]
-        words = {line.split()[1].split(".")[0] for line in imports}
-        assert not words & (parts | {"train", "evaluate"}), name
+        lines = (ROOT / f"{name}.py").read_text().splitlines()
+        imports = [line.split()[1] for line in lines if line.strip().startswith(("import", "from"))]
+        assert not {word.split(".")[0] for word in imports} & (parts | {"train", "evaluate"}), name
