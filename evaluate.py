@@ -9,10 +9,8 @@ It prints a table with the paper's numbers beside ours, and writes metrics.json,
 and index.html (open it in a browser, offline too) to --out, by default to eval beside the input.
 
 The metrics ask one question in many ways: does each latent unit follow one factor, and each factor
-one unit? They are plain functions that know nothing of this project. Score codes of your own:
+one unit? They are plain functions that know nothing of this project, to be called with any codes:
     evaluate.mig(lambda idx: my_codes[idx], factor_sizes=[10, 10, 10, 8, 4, 15])
-
-Reading order: codes (images to one number per unit), metrics, figures, report, main.
 """
 
 import base64
@@ -21,7 +19,6 @@ import inspect
 import io
 import json
 import math
-import time
 import warnings
 from pathlib import Path
 
@@ -103,11 +100,7 @@ class Codes:
 
 
 def read_codes(path, count):
-    """A file of codes -> numbers (images, N, D). UserError for anything else.
-
-    path: an .npz with one array, or one that is named codes: (images, U) or (images, N, D), all
-    `count` images in the dataset's order.
-    """
+    """A file of codes, see --codes, of `count` images -> (images, N, D). UserError otherwise."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -122,8 +115,8 @@ def read_codes(path, count):
     if codes.dtype.kind not in "fiub" or codes.ndim not in (2, 3) or len(codes) != count:
         raise UserError(f"{path}: {name} is {codes.dtype} {codes.shape}; expected numbers "
                         f"({count:,} images, U) or ({count:,} images, N, D)")
-    if codes.size == 0 or not np.isfinite(codes).all():
-        raise UserError(f"{path}: {name} is empty or holds NaN or Inf; expected finite numbers")
+    if not np.isfinite(codes).all():
+        raise UserError(f"{path}: {name} holds NaN or Inf; expected finite numbers")
     return codes.reshape(*codes.shape[:2], -1)  # (images, N, D); D is 1 for (images, U)
 
 
@@ -171,9 +164,9 @@ class Probe:
 # natural logarithms. Samples draw every factor independently and with replacement, train before
 # test. What one should know about a score (no active unit, an undefined value) is a warning.
 #
-# Scores may disagree, because they ask different things. FactorVAE asks only which unit is the most
-# silent: a unit that leaks a bit of a second factor still wins its votes, while DCI charges for
-# each leak. Both let several units share a factor; MIG does not.
+# Scores disagree, because they ask different things. FactorVAE asks only which unit is most silent:
+# one that leaks a bit of a second factor still wins its votes, while DCI charges for each leak.
+# Both let several units share a factor; MIG does not.
 
 
 class Sampler:
@@ -341,8 +334,7 @@ def mutual_information(codes, factors, bins=20):
 def mig(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     """Mutual information gap (reference 9), 0 to 1: does exactly one unit know a factor?
 
-    Mean over factors of (best - second best unit's information) / H(factor). A perfect copy of the
-    best unit makes it 0. ValueError for one unit.
+    Mean over factors of (best - second best unit's information) / H(factor). ValueError: one unit.
     """
     codes, factors = Sampler(encode, factor_sizes, seed, units=2)(n_train)
     mi, h = mutual_information(codes, factors, bins)
@@ -353,9 +345,8 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_onl
     """Modularity (reference 49), 0 to 1: does a unit know one factor? It does not mind copies.
 
     Per unit 1 - (sum over the other factors of MI^2) / ((K-1) max MI^2), and 0 for a unit that
-    knows nothing. The mean over ALL units, so silent ones pull it down.
-    Beyond the paper: active_only leaves out units of sd < 0.05; nan if there is no other.
-    ValueError for fewer than two factors.
+    knows nothing; the mean over ALL units. Beyond the paper: active_only leaves out units of
+    sd < 0.05; nan if there is no other. ValueError for fewer than two factors.
     """
     codes, factors = Sampler(encode, factor_sizes, seed, at_least=2)(n_train)
     squared = mutual_information(codes, factors, bins)[0] ** 2  # (U, K)
@@ -373,8 +364,7 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_onl
 def sap(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000):
     """SAP score (reference 33), 0 to 1: does one unit alone predict a factor, by a straight cut?
 
-    A linear classifier per factor and unit, on that unit's one number; mean over factors of best
-    minus second best unit's test accuracy. ValueError for one unit.
+    Mean over factors of best minus second best unit's test accuracy. ValueError for one unit.
     """
     draw = Sampler(encode, factor_sizes, seed, units=2)
     x, y = draw(n_train)
@@ -398,13 +388,13 @@ def linear_error(x, y):
 
 
 def infomec(encode, factor_sizes, seed=0, n_train=10_000):
-    """InfoMEC (reference 24): modularity, compactness, explicitness, without bins.
+    """InfoMEC (reference 24), without bins. Returns dict, all at most 1:
 
-    Returns dict, all at most 1. infom: how far a unit knows one factor only. infoc: how far one
-    unit only knows a factor. infoe: what the units save of the error that a linear classifier makes
-    without them. Units whose inter-quartile range is at most a tenth of the largest take no part in
-    infom and infoc. infom counts an active unit of no information as 0, infoc is nan for fewer than
-    two active units; a warning says so. ValueError for fewer than two factors.
+    infom, modularity: how far a unit knows one factor only; infoc, compactness: how far one unit
+    only knows a factor; infoe, explicitness: what units save of the error that a linear classifier
+    makes without them. Units whose inter-quartile range is at most a tenth of the largest take no
+    part in infom and infoc. infom counts an active unit of no information as 0, infoc is nan for
+    fewer than two active units; a warning says so. ValueError for fewer than two factors.
     """
     x, y = Sampler(encode, factor_sizes, seed, at_least=2)(n_train)  # (n, U), (n, K)
     # This looks at scale, not information: noise of ordinary spread stays, and a unit whose middle
@@ -442,8 +432,8 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
 def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=None):
     """Are few labels enough (Table 5)? Trees from 10,000 labels, from 1,000 and from 100.
 
-    Returns dict: acc (mean test accuracy at 10,000), and acc_1000_ratio and acc_100_ratio, the
-    share of it that is left. Each number of labels has samples of its own. jobs: see dci.
+    Returns dict: acc (mean test accuracy at 10,000); acc_1000_ratio, acc_100_ratio, the share of
+    it that is left. jobs: see dci.
     """
     draw, means = Sampler(encode, factor_sizes, seed), []
     for n in (10_000, 1_000, 100):
@@ -456,10 +446,8 @@ def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=None):
 
 
 def stepped_auroc(codes, attribute, step):
-    """AUROC of one unit (n,) for one attribute of 0 and 1 (n,), in the better direction.
-
-    By a few thresholds: coarse, up to 0.14 too high, but the reference's rule, and so the paper's.
-    """
+    """AUROC of a unit (n,) for an attribute (n,) of 0 and 1, in the better direction: by a few
+    thresholds, up to 0.14 too high, which is the reference's rule, and so the paper's."""
     thresholds = codes.min() + np.arange(0, 1 + step / 2, step) * np.ptp(codes)  # (T,)
     above = codes >= thresholds[:, None]  # (T, n)
     areas = []
@@ -477,8 +465,7 @@ def tad(codes, attributes, step=0.1):
     codes: (n, U); attributes: (n, A) of 0 and 1. An attribute is captured if a unit predicts it
     (AUROC at least 0.75) and no other attribute gives it away (mutual information at most 0.2 of
     its own entropy). Returns dict: tad, the sum over captured attributes of best minus second best
-    unit's AUROC; captured, how many they are. ValueError for NaN, fewer than two units, or other
-    labels than 0 and 1.
+    unit's AUROC; captured, how many. ValueError for NaN, one unit, or other labels than 0 and 1.
     """
     codes = finite(np.asarray(codes, dtype=np.float64))
     attributes = np.asarray(attributes)
@@ -499,13 +486,11 @@ def tad(codes, attributes, step=0.1):
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """Squared Frechet distance of two Gaussians, FID's formula.
+    """Squared Frechet distance of Gaussians: |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2).
 
-    |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2). mu: (D,), cov: (D, D), symmetric, without
-    negative eigenvalues; zero ones (fewer images than features) are fine.
+    mu: (D,), cov: (D, D), symmetric, no eigenvalue below 0 (0 is fine: fewer images than features).
     """
-    # cov1 cov2 is not symmetric, but it has the eigenvalues of root cov2 root, which is. Here
-    # root root = cov1.
+    # cov1 cov2 is not symmetric; root cov2 root, of the same eigenvalues, is (root root = cov1).
     values, vectors = np.linalg.eigh(cov1)  # (D,), (D, D)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # (D, D)
     eigenvalues = np.maximum(np.linalg.eigvalsh(root @ cov2 @ root), 0)  # (D,)
@@ -514,10 +499,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 
 def load_inception(data_dir, device):
-    """The Inception network that FID is measured with. UserError if its file is not there.
+    """The Inception network of FID, a TorchScript copy. UserError if its file is not there.
 
-    A copy of the original FID's network as TorchScript, published with StyleGAN2-ADA. A TorchScript
-    file is a program: take it from that address only.
+    A TorchScript file is a program: take it from that address only.
     """
     path = Path(data_dir) / Path(INCEPTION).name
     if not path.is_file():
@@ -529,8 +513,8 @@ def load_inception(data_dir, device):
 def fid(model, ds, inception, n, steps, seed=0):
     """Frechet Inception Distance (reference 20) of n generated and n real images; low is good.
 
-    Paper: does not say what its samples are conditioned on. Here: the aligned units of n images of
-    the dataset, which are not among the n real ones where the dataset is large enough.
+    Paper: does not say what samples are conditioned on. Here: aligned units of n images, others
+    than the n real ones where the dataset is large enough.
     """
     if n < 2_048:
         warnings.warn(f"FID of {n:,} images: far too high below 2,048, the number of features; "
@@ -559,33 +543,32 @@ def separation(dyga, c, labels, active):
     purity: share of samples that have their anchor's most frequent value. Quote it beside
     chance: the same if there were one single anchor.
     margin: 1 - (distance to the own anchor) / (distance to the nearest other one); 1 on an anchor,
-        0 half-way between two. Alignment moves a sample towards its own anchor, so it should raise
-        the margin, and hardly change purity.
+        0 half-way between two. Alignment should raise it, and hardly change purity.
     """
     number = torch.cat([dyga.nearest(part)[1] for part in c.split(BATCH)])  # (n, N)
     rows = []
     for u in np.flatnonzero(active & dyga.mask.any(1).cpu().numpy()):
-        own = number[:, u]  # (n,)
+        own = number[:, [u]]  # (n, 1)
         distance = torch.cdist(c[:, u], dyga.anchors[u])  # (n, K)
-        distance = distance.masked_fill(~dyga.mask[u], math.inf)
-        nearest = distance.gather(1, own[:, None])[:, 0]  # (n,)
-        other = distance.scatter(1, own[:, None], math.inf).amin(1).clamp(min=1e-12)  # (n,)
-        # 0 for a sample nearer to another anchor than to its own, whose Gaussian is wider; 1 if
-        # there is no other anchor.
+        distance[:, ~dyga.mask[u]] = math.inf
+        nearest = distance.gather(1, own)[:, 0]  # (n,)
+        other = distance.scatter(1, own, math.inf).amin(1).clamp(min=1e-12)  # (n,)
+        # 0 for a sample nearer to another anchor than to its own, whose Gaussian is wider.
         margin = (1 - nearest / other).clamp(min=0).mean().item()
-        counts = contingency_matrix(own.cpu(), labels[:, u])  # (anchors, values)
+        counts = contingency_matrix(own[:, 0].cpu(), labels[:, u])  # (anchors, values)
         rows.append([counts.max(1).sum() / len(c), counts.sum(0).max() / len(c), margin])
-    return dict(zip(["purity", "chance", "margin"], np.mean(rows, axis=0).tolist()))
+    purity, chance, margin = np.mean(rows, axis=0).tolist()
+    return {"purity": purity, "chance": chance, "margin": margin}
 
 
 # ---- Figures: each gives a PIL.Image ------------------------------------------------------------
 
 
 class Painter:
-    """Draws the figures that need the model. All start from ONE noise: what differs between two
-    pictures comes from their units.
+    """Draws the figures that need the model. steps: of DDIM.
 
-    steps: of DDIM. Arguments idx, source, target, pair: int64 (B,), images of the dataset.
+    All start from ONE noise: what differs between two pictures comes from their units.
+    idx, source, target, pair: int64 (B,), images of the dataset.
     """
 
     def __init__(self, model, ds, probe, steps, seed):
@@ -614,9 +597,8 @@ class Painter:
     def interchange(self, source, target):
         """Figures 3 and 8: give the source the target's units of one factor.
 
-        Paper: exchanges one unit. Several units may stand for one factor, as they do for hues here;
-        one of them alone then changes the factor by half, and the question is whether all of them
-        change it alone.
+        Paper: exchanges one unit. Several may stand for one factor, as for hues here. One of them
+        then changes it by half, and the question is whether all of them change it alone.
         """
         c_tilde = self.c_tilde(source)  # (B, N, D)
         rows = torch.cat([c_tilde[None], self.exchange(c_tilde, self.c_tilde(target))])
@@ -659,9 +641,8 @@ class Painter:
     def traversal(self, idx, units, stops):
         """What the page's slider shows: each unit of each image at `stops` values, as a dict.
 
-        A stop is a quantile of the unit's PCA coordinate, 0.02 to 0.98. The unit is there taken
-        WHOLE, all its numbers, from a real image: a straight line along the PCA's axis would leave
-        the curve on which the units lie.
+        A stop is a quantile of the unit's PCA coordinate, 0.02 to 0.98. The unit is taken WHOLE
+        from a real image: a straight line along the axis would leave the curve of the units.
         """
         probe = self.probe
         ranks = (np.linspace(0.02, 0.98, stops) * (len(probe.idx) - 1)).round().astype(int)  # (S,)
@@ -727,10 +708,8 @@ def scatter(points, hues, anchors, side=230):
 
 
 def figure_units(dyga, probe, sizes, n=1500):
-    """Figures 1 and 11: each factor's best unit in 2-D, before and after alignment.
-
-    The plane is that of the unit's first two principal components before alignment.
-    """
+    """Figures 1 and 11: each factor's best unit, before and after alignment, in the plane of its
+    first two principal components before."""
     c, c_tilde = probe.c[:n].cpu(), dyga.align(probe.c[:n]).cpu()  # (n, N, D)
     # A small lambda moves units too little to be seen. Equation 6 is linear in it.
     rows = {"before": c, f"after, lambda {dyga.lam:g}": c_tilde,
@@ -794,22 +773,19 @@ def paper_value(score, dataset):
 
 
 def score(name, counts, metric, *arguments, **settings):
-    """Call a metric with these arguments -> {score: dict of value, counts, seconds, notes}."""
+    """Call a metric with these arguments -> {score: dict of value, counts, notes}."""
     print(f"{name}: {counts_in_words(counts)}", flush=True)
-    started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         found = metric(*arguments, **settings)  # a number, or a dict of numbers
-    seconds = round(time.perf_counter() - started, 1)
     notes = [str(w.message) for w in caught if w.category is UserWarning]
-    rows = {}
     if not isinstance(found, dict):
         found = {"": found}
+    rows = {}
     for part, value in found.items():
         # JSON knows no nan: an undefined score is null, and a note says why.
         value = None if math.isnan(value) else value
-        row = {"value": value, "counts": counts, "seconds": seconds, "notes": notes}
-        rows[f"{name}_{part}".rstrip("_")] = row
+        rows[f"{name}_{part}".rstrip("_")] = {"value": value, "counts": counts, "notes": notes}
     return rows
 
 
@@ -835,16 +811,14 @@ def remarks(report):
     if report["source"] == "codes":
         said.append(f"The codes are the user's, from {report['checkpoint']}: no model was run.")
     if report["source"] == "rendered":
-        said.append("The images are the rendered twin of Shapes3D, not Shapes3D itself: no score "
-                    "here is a Shapes3D score, and the paper's numbers stand beside ours for "
-                    "orientation only.")
+        said.append("The images are the rendered twin, not Shapes3D itself: no score here is a "
+                    "Shapes3D score, and the paper's numbers are for orientation only.")
     if report["quick"]:
-        said.append("Quick run: most counts are smaller than the paper's; scores at other counts "
-                    "cannot be compared.")
+        said.append("Quick run: scores at other counts than the paper's cannot be compared.")
     said += [note for row in report["scores"].values() for note in row["notes"]]
     silent = ", ".join(map(str, report["silent"])) or "none"
-    said.append(f"Units by factor, the one that knows most of it first: "
-                f"{'; '.join(report['units'])}. Silent units (sd < {ACTIVE}): {silent}.")
+    said.append(f"Units by factor, the best first: {'; '.join(report['units'])}. "
+                f"Silent units (sd < {ACTIVE}): {silent}.")
     if report["anchors"]:
         said.append("Separation before and after alignment, means over active units: purity of "
                     "anchors by labels {before[purity]:.3f}, {after[purity]:.3f} (one single "
@@ -880,8 +854,7 @@ def page(report, config, pictures, loss, slider):
 
 def build_parser():
     """Every flag with its help."""
-    p = data.Parser(description="Score a checkpoint of train.py, or codes of any model; draw "
-                    "figures; write one page with all of it.")
+    p = data.Parser(description="Score a checkpoint of train.py or codes of any model; draw it.")
     p.add_argument("checkpoint", nargs="?", help="ckpt.pt of train.py; nothing else is needed")
     p.add_argument("--codes", metavar="FILE.npz", help="score these codes, not a checkpoint: an "
                    "array (images, U) or (images, N, D), all images in the dataset's order; the "
@@ -1021,8 +994,7 @@ def main():
     for name, picture in pictures.items():
         write(out / f"{name}.png", picture)
     write(out / "index.html", page(report, ckpt["config"], pictures, loss, slider))
-    print(f"wrote {out / 'index.html'} (open it in a browser), metrics.json, "
-          f"{len(pictures)} figures")
+    print(f"wrote {out}: metrics.json, {len(pictures)} figures, index.html (open it in a browser)")
 
 
 if __name__ == "__main__":

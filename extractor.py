@@ -48,11 +48,12 @@ class Extractor(nn.Module):
             numbers exactly 0: curves with corners, and equation 6 divides by those numbers. The
             laptop preset leaves it out, so that a unit stays a smooth curve.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
+        noisy: give every scalar a learnt noise (beyond the paper, see `price`).
     """
 
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
-                 fsq_levels=()):
+                 fsq_levels=(), noisy=False):
         super().__init__()
         self.shrink, self.unit_relu = shrink, unit_relu
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
@@ -83,11 +84,27 @@ class Extractor(nn.Module):
         for d_in, d_out in zip(widths[:-1], widths[1:]):
             self.unit_mlp.append(UnitLinear(n_units, d_in, d_out))
         self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
+        if noisy:  # a tenth of log sigma, so that an optimiser's steps move sigma fast enough
+            self.log_sigma = nn.Parameter(torch.full((n_units,), -0.23))  # sigma = 0.1
 
     def scalars(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N): all that a unit knows of them."""
         x = F.avg_pool2d(x, self.shrink)  # (B, 3, H/shrink, W/shrink)
         return self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
+
+    def price(self, s):
+        """Beyond the paper: scalars s (B, N) -> s with noise (B, N), and the price of what it tells.
+
+        A scalar becomes a noisy channel N(s, sigma^2), with one learnt sigma a unit, and tells
+        nats = KL(N(s, sigma^2) || N(0, 1)), as in a beta-VAE (Higgins et al. 2017). The price, a
+        0-dim tensor, is the sum over units of log(1 + nats): the more a unit tells already, the
+        less another nat costs there. So a factor told by three units moves to one, and those that
+        are not needed fall silent. (A sum of nats alone would not mind ten hues told as 5 x 2.)
+        """
+        log_sigma = 10 * self.log_sigma  # (N,)
+        sigma = log_sigma.exp()
+        nats = ((s.square() + sigma.square() - 1) / 2 - log_sigma).mean(0)  # (N,)
+        return s + sigma * torch.randn_like(s), nats.log1p().sum()
 
     def expand(self, s):
         """Scalars s (B, N) -> units c (B, N, D), each through its private MLP."""

@@ -56,10 +56,11 @@ PRESETS = {
     # For two CPU cores and less than half an hour. The method is the paper's, the sizes are not.
     "laptop": {
         # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per
-        # image. No discriminator, which would double the time of a step.
-        "vqgan.patch": 4, "vqgan.multipliers": [1, 2], "vqgan.res_blocks": 1,
-        "stage1.disc_weight": 0.0, "stage1.lr": 3e-3, "stage1.batch": 16,
-        "stage1.images": 32_000, "stage1.restart_images": 2_500,
+        # image. It works on patches of 8x8 pixels, at one level, and spends the time that this
+        # saves on width. No discriminator, which would double the time of a step.
+        "vqgan.patch": 8, "vqgan.multipliers": [1], "vqgan.res_blocks": 0, "vqgan.channels": 96,
+        "vqgan.z_channels": 4, "stage1.disc_weight": 0.0, "stage1.loss": "mse", "stage1.lr": 6e-3,
+        "stage1.batch": 16, "stage1.images": 28_800, "stage1.restart_images": 2_400,
         # The extractor sees the image at 32x32; its private MLPs are a quarter as wide.
         "extractor.shrink": 2, "extractor.channels": [16, 32, 64, 64],
         "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128],
@@ -76,6 +77,8 @@ PRESETS = {
         # squared error teaches small objects earlier than AdamW, uniform times and L1 do.
         "optimizer": "muon", "t_sampling": "logit_normal", "loss": "mse",
         "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3, "clip": 1.0,
+        # Beyond the paper: telling costs, so that a factor is told by one unit (Extractor.price).
+        "price": 1e-3,
         # Five passes over a tenth of the images: the encoder then costs a fifth, and the anchors,
         # fitted after each pass, get to act.
         "images": 240_000, "pool_images": 48_000, "fit_images": 5_000, "ema_half_life": 20_000,
@@ -109,20 +112,30 @@ class Model(torch.nn.Module):
         self.cfg = cfg
         n_units, unit_dim = cfg["extractor.n_units"], cfg["extractor.unit_dim"]
         self.vqgan = VQGAN(**part(cfg, "vqgan"))  # x0 <-> z0
-        self.extractor = Extractor(**part(cfg, "extractor"))  # x0 -> c
+        self.extractor = Extractor(**part(cfg, "extractor"), noisy=cfg["price"] > 0)  # x0 -> c
         self.dyga = DyGA(n_units, unit_dim, **part(cfg, "dyga"))  # c -> c~
         self.unet = UNet(self.vqgan.z_channels, context_dim=unit_dim, **part(cfg, "unet"))
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
-    def forward(self, images, z0):
-        """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> loss of equation 2, mean delta."""
-        c = self.extractor(to_float(images))  # (B, N, D)
+    def forward(self, images, z0, priced=False):
+        """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> what to minimise, a row to log.
+
+        priced: beyond the paper, let what the units tell cost (Extractor.price). The row has 0-dim
+        tensors: the loss of equation 2, the mean delta, and the price, before its weight.
+        """
+        s = self.extractor.scalars(to_float(images))  # (B, N)
+        price = torch.zeros((), device=s.device)
+        if self.cfg["price"]:
+            noisy, price = self.extractor.price(s)
+            s = noisy if priced else s
+        c = self.extractor.expand(s)  # (B, N, D)
         # A loss on c would be added here, for instance on its distance to self.dyga.nearest(c):
         # alignment moves what the U-Net sees, and c only by way of its gradient.
         c_tilde, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N)
         loss = diffusion_loss(self.unet, z0, c_tilde, self.alpha_bar, self.cfg["loss"],
                               self.cfg["t_sampling"])
-        return loss, delta.detach().mean()
+        weight = self.cfg["price"] if priced else 0.0
+        return loss + weight * price, {"loss": loss, "mean_delta": delta.mean(), "price": price}
 
     @torch.no_grad()
     def units(self, images):
@@ -171,7 +184,7 @@ def train_stage1(run):
         if run.seen[1] % cfg["stage1.restart_images"] < len(idx):
             vqgan.codebook.restart(vqgan.encoder(x))
 
-        loss, row = stage1_losses(vqgan, disc, x, cfg["stage1.disc_weight"],
+        loss, row = stage1_losses(vqgan, disc, x, cfg["stage1.loss"], cfg["stage1.disc_weight"],
                                   cfg["stage1.commitment"])
         vqgan.zero_grad()
         loss.backward()
@@ -223,10 +236,11 @@ def train_stage2(run):
 
         # Forward (where times, noise and dropout are drawn), loss, backward, step.
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-            loss, delta = net(x0, z0)
+            # A price would silence what has not begun to be learnt: so not in the first fifth.
+            total, row = net(x0, z0, priced=cfg["price"] > 0 and progress > 0.2)
         net.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, cfg["clip"] or math.inf)
+        total.backward()
+        row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, cfg["clip"] or math.inf)
         step(run.optimizers, lr)
 
         # Paper: LDM averages the U-Net alone. The extractor is what gets evaluated, so it too.
@@ -235,7 +249,7 @@ def train_stage2(run):
 
         if seen // fit_every > run.seen[2] // fit_every:
             fit_anchors(run, model, seen)
-        run.after_step(bar, cfg["batch"], {"loss": loss, "mean_delta": delta, "grad_norm": norm})
+        run.after_step(bar, cfg["batch"], row)
 
     # The averaged weights have units of their own, which the training weights' anchors do not
     # fit. So the average is unaligned (samples.png too) until it gets its anchors, here.
@@ -542,6 +556,7 @@ TABLE = """
 stage1.images          2_000_000  1..1e12    images that stage 1 sees (not in the paper)
 stage1.batch           64         1..1e5     images per step of stage 1 (not in the paper)
 stage1.lr              2e-4       0..1       learning rate of stage 1 (not in the paper)
+stage1.loss            l1         l1|mse     of the reconstruction (mse: sharper edges)
 stage1.disc_weight     0.75       0..100     of the discriminator; 0 leaves it out altogether
 stage1.disc_width      64         1..1024    width of the discriminator's first layer
 stage1.commitment      0.25       0..100     weight of the encoder's term of the codebook loss
@@ -556,6 +571,7 @@ decay                  0.0        0..1       last share of the course in which i
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
+price                  0.0        0..1       weight of what the units tell (beyond the paper)
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 precision              auto       auto|float32|bfloat16     of stage 2; auto: bfloat16 on a GPU
 epoch_images           0          0..1e12    length of an epoch; 0: one pass over the pool
@@ -564,7 +580,7 @@ fit_images             20_000     1..1e6     images that anchors are fitted to (
 ddim_steps             100        1..1000    steps of a DDIM sample
 vqgan.channels         *          1..1024    width of the first level
 vqgan.multipliers      *          1..64      width of each level, in channels
-vqgan.res_blocks       *          1..16      residual blocks a level
+vqgan.res_blocks       *          0..16      residual blocks a level; the decoder has one more
 vqgan.z_channels       *          1..256     numbers per latent position
 vqgan.codebook_size    *          1..1e6     codes
 vqgan.patch            *          1..64      side of the patches folded into channels (paper: 1)
@@ -767,8 +783,8 @@ def trial_step(run, batch):
     model = copy.deepcopy(run.model).train()
     images = torch.zeros(batch, 3, 64, 64, dtype=torch.uint8, device=run.device)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-        loss, _ = model(images, model.vqgan.encode(images))
-    loss.backward()
+        total, _ = model(images, model.vqgan.encode(images))
+    total.backward()
     layers = [*model.extractor.parameters(), *model.unet.parameters()]
     step(make_optimizers(run.cfg, layers, [], (0.9, 0.999), 0.0), lr=0.0)
 

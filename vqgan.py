@@ -278,25 +278,26 @@ class PatchDiscriminator(nn.Module):
 # nothing, so that loss is absent, openly, in place of a network that silently failed to load.
 
 
-def stage1_losses(vqgan, disc, x, disc_weight, commitment):
+def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment):
     """Losses on images x float (B, 3, H, W) in [-1, 1] -> (the VQ-GAN's loss, a dict for the log).
 
-    disc: a PatchDiscriminator, or None. The dict has 0-dim tensors: psnr (dB), codes_used (the
-    share since the last restart: collapse would show here), l1, and with a discriminator its own
-    loss disc_loss, which trains it, and the adversarial_weight.
+    kind: "l1", LDM's, or "mse", four times the squared error, which cares most for the few pixels
+    that are far off, those at edges. disc: a PatchDiscriminator, or None. The dict has 0-dim
+    tensors: psnr (dB), codes_used (the share since the last restart: collapse would show here),
+    and with a discriminator its own loss disc_loss, which trains it, and adversarial_weight.
     """
     z_q, codebook_loss, commitment_loss = vqgan.codebook(vqgan.encoder(x))
     x_hat = vqgan.decoder(z_q)  # (B, 3, H, W)
-    l1 = F.l1_loss(x_hat, x)
-    loss = l1 + codebook_loss + commitment * commitment_loss
+    mse = F.mse_loss(x_hat, x)
+    reconstruction = 4 * mse if kind == "mse" else F.l1_loss(x_hat, x)
+    loss = reconstruction + codebook_loss + commitment * commitment_loss
     row = {
-        "psnr": 10 * torch.log10(4 / F.mse_loss(x_hat, x)),  # of a range of 2
+        "psnr": 10 * torch.log10(4 / mse),  # of a range of 2
         "codes_used": (vqgan.codebook.uses > 0).float().mean(),
-        "l1": l1,
     }
     if disc:
         adversarial = -disc(x_hat).mean()  # the decoder wants its patches called real
-        weight = disc_weight * adversarial_weight(l1, adversarial, vqgan)
+        weight = disc_weight * adversarial_weight(reconstruction, adversarial, vqgan)
         loss = loss + weight * adversarial
         row["adversarial_weight"] = weight
         # Hinge loss: push real patches above +1, drawn ones below -1, and no further.
@@ -305,7 +306,7 @@ def stage1_losses(vqgan, disc, x, disc_weight, commitment):
     return loss, row
 
 
-def adversarial_weight(l1, adversarial, vqgan):
+def adversarial_weight(reconstruction, adversarial, vqgan):
     """How strong the adversarial loss must be to pull as hard as the reconstruction loss, 0-dim.
 
     The ratio of their gradient norms at the decoder's last convolution (Esser et al. 2021): there
@@ -313,9 +314,9 @@ def adversarial_weight(l1, adversarial, vqgan):
     cheap and comparable. The ratio keeps the pair balanced while their scales drift.
     """
     last = vqgan.decoder[-2].weight
-    g_l1, = torch.autograd.grad(l1, last, retain_graph=True)
-    g_adversarial, = torch.autograd.grad(adversarial, last, retain_graph=True)
-    return (g_l1.norm() / (g_adversarial.norm() + 1e-4)).clamp(max=1e4)
+    wanted, = torch.autograd.grad(reconstruction, last, retain_graph=True)
+    found, = torch.autograd.grad(adversarial, last, retain_graph=True)
+    return (wanted.norm() / (found.norm() + 1e-4)).clamp(max=1e4)
 
 
 def psnr(images, drawn):

@@ -1,7 +1,6 @@
-"""evaluate.py: every metric against the value that its definition gives by hand, and the command end to end."""
+"""evaluate.py: each metric against the value that its definition gives by hand, and the command."""
 
 import json
-import shutil
 import subprocess
 import sys
 import warnings
@@ -12,33 +11,34 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
-from sklearn.metrics import mutual_info_score, roc_auc_score
+from sklearn.metrics import mutual_info_score
 
 import data
 import dyga
 import evaluate
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = [3, 4, 5]
 GRID = np.stack(np.unravel_index(np.arange(60), SIZES), 1)  # (60, 3) the factors of every index
-GRID_METRICS = [evaluate.factor_vae, evaluate.dci, evaluate.mig, evaluate.modularity, evaluate.sap, evaluate.infomec]
-SMALL = {"factor_vae": dict(n_variance=500, n_train=400, n_test=200), "dci": dict(n_train=150, n_test=100, jobs=1),
-         "mig": dict(n_train=2000), "modularity": dict(n_train=2000), "sap": dict(n_train=500, n_test=300),
+SMALL = {"factor_vae": dict(n_variance=500, n_train=400, n_test=200),
+         "dci": dict(n_train=150, n_test=100, jobs=1), "mig": dict(n_train=2000),
+         "modularity": dict(n_train=2000), "sap": dict(n_train=500, n_test=300),
          "infomec": dict(n_train=1000)}
+all_grid_metrics = pytest.mark.parametrize("metric", SMALL)
 
 
-def score(metric, codes, sizes=SIZES, **counts):
-    return metric(lambda idx: codes[idx], sizes, **(SMALL[metric.__name__] | counts))
+def score(metric, codes, sizes=SIZES, **settings):
+    function = getattr(evaluate, metric)
+    return function(lambda idx: codes[idx], sizes, **(SMALL[metric] | settings))
 
 
 def perfect(*units):
-    """One unit per factor, a different number for each value; `units` reorders them or picks some."""
+    """One unit per factor, a different number for each value; `units` reorders or picks them."""
     return GRID[:, list(units) or [0, 1, 2]].astype(np.float32)
 
 
 def mixed():
-    """Units 0 and 1 are factors 1 and 2 turned by 45 degrees: each knows both. Unit 2 is factor 0."""
+    """Units 0 and 1 are factors 1 and 2 turned by 45 degrees. Unit 2 is factor 0."""
     a, b = GRID[:, 1] / 3, GRID[:, 2] / 4
     return np.stack([a + b, a - b, GRID[:, 0]], 1).astype(np.float32)
 
@@ -48,90 +48,48 @@ def noise(seed=0, units=3):
     return np.random.default_rng(seed).normal(size=(60, units)).astype(np.float32)
 
 
-# ---- FactorVAE ------------------------------------------------------------------------------------------------------
-
-def test_factor_vae_of_perfect_codes_is_one_whatever_the_order_scale_and_copies():
-    assert score(evaluate.factor_vae, perfect()) == 1
-    assert score(evaluate.factor_vae, perfect(2, 0, 1) * [100, -3, 0.5]) == 1
-    assert score(evaluate.factor_vae, perfect(0, 1, 2, 2, 0)) == 1
+approx = lambda value, within=1e-6: pytest.approx(value, abs=within)  # noqa: E731
 
 
-def test_factor_vae_of_a_code_of_one_factor_is_the_chance_of_drawing_that_factor():
-    # The one unit gets all votes, so the score is the share of the test votes that fix the factor it is named after.
-    assert score(evaluate.factor_vae, perfect(0), n_test=3000) == pytest.approx(1 / 3, abs=0.03)
-
-
-def test_factor_vae_is_zero_without_an_active_unit_and_says_so():
+@pytest.mark.parametrize("codes", [perfect() * 0.01, np.ones((60, 4))])
+def test_without_an_active_unit_factor_vae_is_zero_and_modularity_of_active_units_undefined(codes):
     with pytest.warns(UserWarning, match="no active unit"):
-        assert score(evaluate.factor_vae, perfect() * 0.01) == 0
-    with pytest.warns(UserWarning, match="no active unit"):
-        assert score(evaluate.factor_vae, np.ones((60, 4))) == 0
-
-
-def test_factor_vae_ignores_constant_units():
-    assert score(evaluate.factor_vae, np.hstack([np.ones((60, 2)), perfect()])) == 1
+        assert score("factor_vae", codes) == 0
+    with pytest.warns(UserWarning, match="undefined"):
+        assert np.isnan(score("modularity", codes, active_only=True))
 
 
 def test_factor_vae_counts_one_vote_at_a_time_as_the_definition_does():
-    codes, sizes = noise(1, 4), np.array(SIZES)
-    rng = np.random.default_rng(3)
-    draw = rng.integers(0, sizes, size=(500, 3))
-    overall = codes[np.ravel_multi_index(draw.T, SIZES)].astype(float).var(0, ddof=1)
+    codes, rng = noise(1, 4).astype(float), np.random.default_rng(3)
+    overall = codes[np.ravel_multi_index(rng.integers(0, SIZES, (500, 3)).T, SIZES)].var(0, ddof=1)
 
     def votes(n):
-        table = np.zeros((4, 3), int)
-        fixed = rng.integers(3, size=n)
-        factors = rng.integers(0, sizes, size=(n, 16, 3))
-        for vote in range(n):
-            factors[vote, :, fixed[vote]] = factors[vote, 0, fixed[vote]]
-            local = codes[np.ravel_multi_index(factors[vote].T, SIZES)].astype(float).var(0, ddof=1)
-            table[np.argmin(local / overall), fixed[vote]] += 1
+        table, fixed = np.zeros((4, 3), int), rng.integers(3, size=n)
+        for k, factors in zip(fixed, rng.integers(0, SIZES, size=(n, 16, 3))):
+            factors[:, k] = factors[0, k]
+            local = codes[np.ravel_multi_index(factors.T, SIZES)].var(0, ddof=1)
+            table[np.argmin(local / overall), k] += 1
         return table
 
     names, test = votes(400).argmax(1), votes(200)
     by_hand = test[np.arange(4), names].sum() / 200
-    assert score(evaluate.factor_vae, codes, seed=3, batch=16) == by_hand
+    assert score("factor_vae", noise(1, 4), seed=3, batch=16) == by_hand
 
 
-# ---- DCI and sample efficiency --------------------------------------------------------------------------------------
-
-def test_dci_of_perfect_codes_is_one_in_all_three_parts():
-    for codes in (perfect(), perfect(1, 2, 0) * [7, -1, 0.01]):
-        expected = dict(disentanglement=1, completeness=1, informativeness=1)
-        assert score(evaluate.dci, codes) == pytest.approx(expected, abs=1e-6)
-
-
-def test_dci_of_constant_codes_is_zero_but_for_the_accuracy_of_guessing():
-    result = score(evaluate.dci, np.zeros((60, 3)))
-    assert result["disentanglement"] == pytest.approx(0, abs=1e-9)
-    assert result["completeness"] == pytest.approx(0, abs=1e-9)
-    assert result["informativeness"] == pytest.approx(np.mean([1 / 3, 1 / 4, 1 / 5]), abs=0.08)
+# A factor spread over 2 of U units would have completeness 1 - log 2 / log U; with one unit for
+# each, dead units leave 1. Two factors in one unit: its row of R is (1, 1), entropy 1 in base 2.
+@pytest.mark.parametrize("codes, sizes, expected, within", [
+    (perfect(), SIZES, (1, 1, 1), 1e-6), (perfect(1, 2, 0) * [7, -1, 0.01], SIZES, (1, 1, 1), 1e-6),
+    (np.hstack([perfect(), np.zeros((60, 5))]), SIZES, (1, 1, 1), 1e-6),
+    (np.stack([np.arange(16.0), np.zeros(16)], 1), [4, 4], (0, 1, 1), 1e-6),
+    (np.zeros((60, 3)), SIZES, (0, 0, np.mean([1 / 3, 1 / 4, 1 / 5])), 0.08)])  # it guesses
+def test_dci_by_hand(codes, sizes, expected, within):
+    assert tuple(score("dci", codes, sizes).values()) == approx(expected, within)
 
 
-def test_dead_units_count_in_the_base_of_completeness_and_not_in_disentanglement():
-    # A factor spread evenly over 2 units has entropy log 2, so completeness is 1 - log 2 / log U: dead units raise it.
-    # Here factors 0 to 2 have one unit each: dead units leave 1.
-    result = score(evaluate.dci, np.hstack([perfect(), np.zeros((60, 5))]))
-    assert result["disentanglement"] == pytest.approx(1, abs=1e-6)
-    assert result["completeness"] == pytest.approx(1, abs=1e-6)
-
-
-def test_a_unit_that_holds_two_factors_is_half_disentangled_in_base_two():
-    # Two factors of equal size in one unit, and a constant one: its row of R is (1, 1), its entropy 1 in base 2.
-    sizes = [4, 4]
-    codes = np.stack([np.arange(16.0), np.zeros(16)], 1)
-    result = score(evaluate.dci, codes, sizes)
-    assert result["disentanglement"] == pytest.approx(0, abs=1e-9)
-    assert result["completeness"] == pytest.approx(1, abs=1e-9)  # each factor needs that one unit only
-    assert result["informativeness"] == 1
-
-
-def test_dci_is_the_same_in_one_process_and_in_two():
-    assert score(evaluate.dci, mixed(), jobs=1) == score(evaluate.dci, mixed(), jobs=2)
-
-
-def test_dci_punishes_a_turned_code():
-    assert score(evaluate.dci, mixed())["disentanglement"] < 0.8
+def test_dci_punishes_a_turned_code_by_as_much_in_one_process_as_in_two():
+    assert score("dci", mixed(), jobs=1) == score("dci", mixed(), jobs=2)
+    assert score("dci", mixed())["disentanglement"] < 0.8
 
 
 def test_sample_efficiency_of_perfect_codes_is_one():
@@ -139,385 +97,150 @@ def test_sample_efficiency_of_perfect_codes_is_one():
     assert result == dict(acc=1, acc_1000_ratio=1, acc_100_ratio=1)
 
 
-# ---- MIG, modularity, SAP -------------------------------------------------------------------------------------------
-
 def test_mutual_information_agrees_with_scikit_learn():
     rng = np.random.default_rng(0)
-    codes, factors = rng.normal(size=(500, 4)), rng.integers(0, 6, size=(500, 2))
-    codes[:, 0] += factors[:, 1]
-    mi, h = evaluate.mutual_information(codes, factors)
-    for u in range(4):
-        labels = np.digitize(codes[:, u], np.histogram(codes[:, u], 20)[1][:-1])
-        for k in range(2):
-            assert mi[u, k] == pytest.approx(mutual_info_score(labels, factors[:, k]), abs=1e-6)
-    assert h[0] == pytest.approx(mutual_info_score(factors[:, 0], factors[:, 0]), abs=1e-6)
+    codes, factors = rng.normal(size=(500, 2)), rng.integers(0, 6, size=(500, 2))
+    mi, h = evaluate.mutual_information(codes + factors, factors)
+    for u, k in np.ndindex(2, 2):
+        unit = (codes + factors)[:, u]
+        labels = np.digitize(unit, np.histogram(unit, 20)[1][:-1])
+        assert mi[u, k] == approx(mutual_info_score(labels, factors[:, k]))
+    assert h[0] == approx(mutual_info_score(factors[:, 0], factors[:, 0]))
 
 
-def test_mig_of_perfect_codes_is_one_but_for_the_bias_of_counting():
-    # The second best unit knows nothing; its plug-in MI is about (sizes - 1)(sizes - 1) / 2n.
-    for codes in (perfect(), perfect(2, 1, 0) * [9, -2, 0.001]):
-        assert score(evaluate.mig, codes) == pytest.approx(1, abs=0.01)
+# FactorVAE of one unit is the chance of its factor. Of unrelated pairs MIG's plug-in estimate is
+# (sizes - 1)(sizes - 1) / 2n, not 0. 16 numbers for 16 pairs: log 4 with both factors.
+@pytest.mark.parametrize("metric, codes, sizes, expected, within", [
+    ("factor_vae", perfect(2, 0, 1, 1, 2) * [100, -3, 0.5, 1, 1], SIZES, 1, 0),
+    ("factor_vae", np.hstack([np.ones((60, 2)), perfect()]), SIZES, 1, 0),
+    ("factor_vae", perfect(0), SIZES, 1 / 3, 0.1),
+    ("mig", perfect(2, 1, 0) * [9, -2, 0.001], SIZES, 1, 0.01), ("mig", mixed(), SIZES, 0.37, 0.1),
+    ("mig", perfect(0, 1, 2, 0, 1, 2), SIZES, 0, 0), ("mig", np.ones((60, 3)), SIZES, 0, 0),
+    ("modularity", perfect(0, 0, 1, 1, 2), SIZES, 1, 1e-3),
+    ("modularity", np.ones((60, 3)), SIZES, 0, 0),
+    ("modularity", np.hstack([perfect(), np.ones((60, 1))]), SIZES, 3 / 4, 1e-3),
+    ("modularity", np.arange(16.0)[:, None], [4, 4], 0, 0.02),
+    ("sap", perfect(0, 1, 2, 0, 1, 2), SIZES, 0, 0),
+    ("sap", np.array([[-1.0, 0], [1, 0]]), [2], 0.5, 0.1)])
+def test_factor_vae_mig_modularity_and_sap_by_hand(metric, codes, sizes, expected, within):
+    assert score(metric, codes, sizes) == approx(expected, within)
 
 
-def test_mig_is_exactly_zero_when_every_unit_has_a_copy():
-    assert score(evaluate.mig, perfect(0, 1, 2, 0, 1, 2)) == 0
+def test_modularity_of_active_units_leaves_out_silent_ones():
+    codes = np.hstack([perfect(), 0.01 * noise()])
+    assert score("modularity", codes) < 0.9
+    assert score("modularity", codes, active_only=True) == approx(1, 1e-3)
 
 
-def test_mig_of_a_turned_code_loses_the_two_mixed_factors():
-    # Only factor 0 keeps a unit of its own: its third of the mean, and little from the two others.
-    assert 1 / 3 - 0.02 < score(evaluate.mig, mixed()) < 1 / 3 + 0.15
-
-
-def test_mig_and_modularity_of_constant_codes_are_zero():
-    assert score(evaluate.mig, np.ones((60, 3))) == 0
-    assert score(evaluate.modularity, np.ones((60, 3))) == 0
-
-
-def test_modularity_is_one_for_perfect_codes_and_does_not_mind_copies():
-    assert score(evaluate.modularity, perfect()) == pytest.approx(1, abs=1e-3)
-    assert score(evaluate.modularity, perfect(0, 0, 1, 1, 2)) == pytest.approx(1, abs=1e-3)
-
-
-def test_a_constant_unit_counts_as_zero_in_modularity():
-    codes = np.hstack([perfect(), np.ones((60, 1))])
-    assert score(evaluate.modularity, codes) == pytest.approx(3 / 4, abs=1e-3)
-
-
-def test_a_unit_that_knows_two_of_two_factors_equally_has_modularity_zero():
-    # 16 different numbers for 16 pairs: its mutual information is log 4 with both.
-    codes = np.arange(16.0)[:, None]
-    assert score(evaluate.modularity, codes, [4, 4], n_train=20_000) == pytest.approx(0, abs=1e-3)
-
-
-def test_sap_of_one_binary_factor_is_one_minus_the_accuracy_of_guessing():
-    # The second best unit is constant, so it is right half of the time.
-    assert score(evaluate.sap, np.stack([[-1.0, 1.0], [0.0, 0.0]], 1), [2], n_test=2000) == pytest.approx(0.5, abs=0.03)
-
-
-def test_sap_is_zero_for_copies():
-    assert score(evaluate.sap, perfect(0, 1, 2, 0, 1, 2)) == 0
-
-
-# ---- InfoMEC --------------------------------------------------------------------------------------------------------
-
-def test_infomec_of_perfect_codes():
-    # Nearest-neighbour estimates of unrelated pairs are near 0 but not 0.
-    result = score(evaluate.infomec, perfect())
-    assert result["infom"] == pytest.approx(1, abs=0.1)
-    assert result["infoc"] == pytest.approx(1, abs=0.1)
-    assert result["infoe"] > 0.8
-
-
-def test_infoe_is_one_for_units_that_are_linear_in_one_hot_labels():
-    one_hot = np.eye(3)[GRID[:, 0]]
-    assert score(evaluate.infomec, np.hstack([one_hot, perfect(1, 2)]))["infoe"] > 0.8
-    two = np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]])
-    assert score(evaluate.infomec, two, [2, 2])["infoe"] > 0.99
-
-
-def test_infoe_of_noise_is_zero():
+def test_infomec_of_codes_that_are_linear_in_the_labels_and_of_noise():
+    result = score("infomec", perfect())  # estimates of unrelated pairs are near 0 but not 0
+    assert (result["infom"], result["infoc"]) == approx((1, 1), 0.1)
+    corners = np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    assert score("infomec", corners, [2, 2])["infoe"] > 0.99
     rng = np.random.default_rng(0)
-    encode = lambda idx: rng.normal(size=(len(idx), 3))  # noqa: E731, a new number at every call
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a unit of zero information, by chance
-        assert evaluate.infomec(encode, SIZES, n_train=2000)["infoe"] == pytest.approx(0, abs=0.01)
+    noisy = evaluate.infomec(lambda idx: rng.normal(size=(len(idx), 3)), SIZES, n_train=2000)
+    assert noisy["infoe"] == approx(0, 0.01)
 
 
-def test_infoc_of_one_active_unit_is_nan_with_a_reason():
-    with pytest.warns(UserWarning, match="InfoC: undefined for 1 active unit"):
-        result = score(evaluate.infomec, np.hstack([perfect(0), np.zeros((60, 2))]))
-    assert np.isnan(result["infoc"]) and result["infom"] > 0.9
+@pytest.mark.parametrize("codes, words, infom", [
+    (np.hstack([perfect(0), np.zeros((60, 2))]), "InfoC: undefined for 1 active unit", 1),
+    (np.ones((60, 3)), "InfoM: 0 active units", 0)])
+def test_infoc_of_fewer_than_two_active_units_is_nan_with_a_reason(codes, words, infom):
+    with pytest.warns(UserWarning, match=words):
+        result = score("infomec", codes)
+    assert np.isnan(result["infoc"]) and result["infom"] == approx(infom, 0.1)
 
 
-def test_infomec_of_constant_codes_says_that_no_unit_is_active():
-    with pytest.warns(UserWarning, match="InfoM: 0 active units"):
-        result = score(evaluate.infomec, np.ones((60, 3)))
-    assert result["infom"] == 0 and np.isnan(result["infoc"]) and result["infoe"] == pytest.approx(0, abs=1e-9)
-
-
-# ---- all metrics on a grid ------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("metric", GRID_METRICS)
+@all_grid_metrics
 def test_nan_codes_are_refused_and_the_unit_is_named(metric):
-    codes = perfect()
-    codes[:, 1] = np.nan
     with pytest.raises(ValueError, match="unit 1 hold NaN"):
-        score(metric, codes)
+        score(metric, perfect() + [0, np.nan, 0])
 
 
-@pytest.mark.parametrize("metric", GRID_METRICS)
-def test_a_factor_with_one_value_is_left_out(metric):
+@all_grid_metrics
+def test_a_factor_with_one_value_is_left_out_and_torch_codes_are_taken_too(metric):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert score(metric, perfect(), [3, 1, 4, 5, 1]) == score(metric, perfect(), SIZES)
+        expected = score(metric, perfect(), SIZES)
+        assert score(metric, perfect(), [3, 1, 4, 5, 1]) == expected
+    assert score(metric, torch.from_numpy(perfect())) == expected
 
 
-@pytest.mark.parametrize("metric", GRID_METRICS)
-def test_more_units_than_samples_give_finite_scores(metric):
-    counts = {name: 20 for name in SMALL[metric.__name__] if name.startswith("n_")}
-    result = score(metric, noise(units=60), **counts)
-    assert np.isfinite(list(result.values()) if isinstance(result, dict) else result).all()
-
-
-@pytest.mark.parametrize("metric", GRID_METRICS)
-def test_the_seed_decides_and_the_global_random_state_is_left_alone(metric):
+@all_grid_metrics
+def test_the_seed_decides_and_more_units_than_samples_give_finite_scores(metric):
     before = np.random.get_state()[1].copy()
-    first, again = (score(metric, mixed() + 0.3 * noise(), seed=5) for _ in range(2))
-    assert first == again
-    assert (np.random.get_state()[1] == before).all()
+    few = {name: 20 for name in SMALL[metric] if name.startswith("n_")}
+    first, again = (score(metric, noise(units=60), seed=5, **few) for _ in range(2))
+    assert first == again and (np.random.get_state()[1] == before).all()  # the global one
+    assert np.isfinite(list(first.values()) if isinstance(first, dict) else first).all()
 
 
-@pytest.mark.parametrize("metric", GRID_METRICS)
+@all_grid_metrics
 def test_perfect_codes_score_higher_than_noise(metric):
-    good, bad = score(metric, perfect()), score(metric, noise())
-    headline = {"dci": "disentanglement", "infomec": "infom"}.get(metric.__name__)
-    assert (good[headline] > bad[headline] + 0.2) if headline else (good > bad + 0.2)
+    good, bad = (np.ravel(list(result.values()) if isinstance(result, dict) else result)[0]
+                 for result in (score(metric, perfect()), score(metric, noise())))
+    assert good > bad + 0.2
 
 
-@pytest.mark.parametrize("metric", GRID_METRICS)
-def test_torch_codes_are_taken_too(metric):
-    assert score(metric, torch.from_numpy(perfect())) == score(metric, perfect())
+@pytest.mark.parametrize("codes, sizes, words", [
+    (np.zeros(60), SIZES, "expected .*, U"), (perfect(0), SIZES, "at least 2"),
+    (perfect(), [1, 1], "at least 1 factors")])
+def test_codes_of_another_shape_are_refused(codes, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        score("mig", codes, sizes)
 
 
-def test_codes_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="expected .*, U"):
-        evaluate.mig(lambda idx: np.zeros(len(idx)), SIZES)
-    with pytest.raises(ValueError, match="needs 2"):
-        score(evaluate.mig, perfect(0))
-    with pytest.raises(ValueError, match="at least 1 factors"):
-        score(evaluate.mig, perfect(), [1, 1])
+A = np.random.default_rng(0).integers(0, 2, size=(4000, 3))  # attributes
+CONTINUOUS = A + np.random.default_rng(1).uniform(0, 0.5, size=A.shape)
+CONSTANT, TWINS = A * [1, 0, 1], A[:, [0, 0, 2]]  # nobody has one; one gives another away
 
 
-# ---- TAD and the Frechet distance -----------------------------------------------------------------------------------
-
-def attributes(n=4000, A=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 2, size=(n, A))
-
-
-def test_tad_of_units_that_are_the_attributes():
-    # Two values per unit: at thresholds above the minimum, TPR = 1 and FPR = 0, which is an AUROC of 1; others guess.
-    a = attributes()
-    result = evaluate.tad(a.astype(float), a)
-    assert result["captured"] == result["captured_exact"] == 3
-    assert result["tad"] == pytest.approx(3 * 0.5, abs=0.1)
-    assert result["tad_exact"] == pytest.approx(3 * 0.5, abs=0.06)
-
-
-def test_tad_is_zero_for_copies_for_noise_and_for_units_of_tiny_range():
-    a, rng = attributes(), np.random.default_rng(1)
-    assert evaluate.tad(np.hstack([a, a]), a)["tad"] == 0
-    assert evaluate.tad(rng.normal(size=(4000, 5)), a) == dict(tad=0, captured=0, tad_exact=0, captured_exact=0)
-    assert evaluate.tad(a * 0.2, a)["tad"] == 0
-
-
-def test_an_attribute_that_another_one_gives_away_is_not_captured():
-    a = attributes()
-    a[:, 1] = a[:, 0]
-    assert evaluate.tad(a.astype(float), a)["captured"] == 1
-
-
-def test_an_attribute_that_everybody_has_is_not_captured():
-    a = attributes()
-    a[:, 0] = 1
-    assert evaluate.tad(a.astype(float), a)["captured"] == 2
-
-
-def test_tad_does_not_mind_the_sign_of_a_continuous_unit():
-    a = attributes()
-    z = a + np.random.default_rng(1).uniform(0, 0.5, size=a.shape)
-    assert evaluate.tad(-z, a)["captured"] == evaluate.tad(z, a)["captured"] == 3
-
-
-def test_the_stepped_rule_misses_a_unit_of_two_values_that_falls_with_the_attribute_and_the_exact_one_does_not():
-    # "z < threshold" never includes the largest value, so the curve does not reach FPR = 1, and nothing lies under it.
-    a = attributes()
-    assert evaluate.tad(-a.astype(float), a)["captured"] == 0
-    assert evaluate.tad(-a.astype(float), a)["captured_exact"] == 3
+# Two values a unit: above the least threshold TPR = 1, FPR = 0, an AUROC of 1; other units guess.
+# "Below" never includes the largest value: a falling unit of two values is missed, by the rule.
+@pytest.mark.parametrize("codes, attributes, tad, captured", [
+    (A, A, 1.5, 3), (np.tile(A, 2), A, 0, 3), (noise(units=5).repeat(67, 0)[:4000], A, 0, 0),
+    (A * 0.2, A, 0, 0), (-A, A, 0, 0), (CONTINUOUS, A, 1.25, 3), (-CONTINUOUS, A, 1.25, 3),
+    (A, CONSTANT, 1, 2), (TWINS, TWINS, 0.5, 1)])
+def test_tad_by_hand(codes, attributes, tad, captured):
+    result = evaluate.tad(codes.astype(float), attributes)
+    assert (result["tad"], result["captured"]) == (approx(tad, 0.15), captured)
 
 
 def test_the_stepped_auroc_by_hand():
-    # z = 0, 0.5, 1 (twice), attribute 0, 1, 0, 1; step 0.5: thresholds 0, 0.5, 1. z >= t gives (FPR, TPR) = (1, 1),
-    # (1/2, 1), (1/2, 1/2); sorted FPR 1/2, 1/2, 1 and TPR 1/2, 1, 1: area 1 * 0 + 1 * 1/2. Reversed: FPR 0, 1/2, 1/2,
-    # TPR 0, 0, 1/2: area 0 * 1/2 + 1/2 * 0.
-    z, a = np.array([[0.0], [0.5], [1.0], [1.0]]), np.array([[0], [1], [0], [1]])
-    assert evaluate.stepped_auroc(z, a, 0.5) == pytest.approx(0.5)
-
-
-def test_the_exact_auroc_agrees_with_scikit_learn():
-    a, rng = attributes(300), np.random.default_rng(1)
-    z = np.round(rng.normal(size=(300, 4)) + a[:, :1], 1)  # rounded, so that there are ties
-    for u in range(4):
-        for k in range(3):
-            expected = roc_auc_score(a[:, k], z[:, u])
-            assert evaluate.exact_auroc(z, a)[u, k] == pytest.approx(max(expected, 1 - expected))
+    # Thresholds 0, 0.5, 1. z >= t gives (FPR, TPR) = (1, 1), (1/2, 1), (1/2, 1/2); sorted FPR 1/2,
+    # 1/2, 1 and TPR 1/2, 1, 1: area 1 * 0 + 1 * 1/2. Reversed, FPR 0, 1/2, 1/2, TPR 0, 0, 1/2: 0.
+    assert evaluate.stepped_auroc(np.array([0, 0.5, 1, 1]), np.array([0, 1, 0, 1]), 0.5) == 0.5
 
 
 def test_tad_refuses_labels_of_minus_one():
     with pytest.raises(ValueError, match="of 0, 1"):
-        evaluate.tad(np.zeros((4, 2)), np.array([[1], [-1], [1], [-1]]))
+        evaluate.tad(A, 2 * A - 1)
 
 
 def test_frechet_distance_closed_forms():
     rng = np.random.default_rng(0)
-    A = rng.normal(size=(5, 5))
-    cov, mu = A @ A.T, rng.normal(size=5)
-    assert evaluate.frechet_distance(mu, cov, mu, cov) == pytest.approx(0, abs=1e-9)
-    # Equal covariances: the squared distance of the means.
-    assert evaluate.frechet_distance(mu, cov, mu + 2, cov) == pytest.approx(5 * 4)
-    # Diagonal covariances commute: the sum of squared differences of standard deviations.
+    A, mu, e = rng.normal(size=(5, 5)), rng.normal(size=5), np.eye(5)
     s1, s2 = np.arange(1.0, 6), np.array([2.0, 2, 2, 0, 2])
-    found = evaluate.frechet_distance(mu, np.diag(s1 ** 2), mu, np.diag(s2 ** 2))
-    assert found == pytest.approx(((s1 - s2) ** 2).sum())
-    # Singular on both sides, without a shared direction: the traces add up.
-    e = np.eye(5)
-    assert evaluate.frechet_distance(mu, np.diag(e[0]), mu, np.diag(e[1])) == pytest.approx(2)
+    for mu2, cov1, cov2, expected in (
+            (mu, A @ A.T, A @ A.T, 0), (mu + 2, A @ A.T, A @ A.T, 5 * 4),  # the means' distance
+            (mu, np.diag(s1 ** 2), np.diag(s2 ** 2), ((s1 - s2) ** 2).sum()),  # these commute
+            (mu, np.diag(e[0]), np.diag(e[1]), 2)):  # no shared direction: the traces add up
+        assert evaluate.frechet_distance(mu, cov1, mu2, cov2) == approx(expected)
 
 
-class ColourMeans(torch.nn.Module):
-    """Stands in for the Inception network, whose file cannot be had here: same call, 3 features in place of 2,048."""
+@pytest.mark.parametrize("brighter", [0, 7])
+def test_fid_of_images_brighter_by_a_constant_is_the_squared_shift(brighter):
+    images = torch.arange(130 * 48).remainder(199).view(130, 3, 4, 4).byte()
+    ds = type("Images", (), {"__len__": lambda _: 130, "images": lambda _, idx: images[idx]})()
+    model = SimpleNamespace(  # its "units" are the image, and its samples that image, brighter
+        units=lambda x: x.float(), dyga=SimpleNamespace(align=lambda c: c),
+        noise=lambda count, generator: None, sample=lambda c, noise, steps: (c + brighter).byte())
 
-    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+    def colour_means(images, return_features):  # in place of the Inception network
         return images.float().mean([2, 3])
 
-
-def copying_model(brighter):
-    """A model whose "units" are the image itself and whose samples are that image, brighter by a constant."""
-    return SimpleNamespace(units=lambda x: x.float(), dyga=SimpleNamespace(align=lambda c: c),
-                           noise=lambda count, generator: None,
-                           sample=lambda c, noise, steps: (c + brighter).to(torch.uint8))
-
-
-class RandomImages(torch.utils.data.Dataset):
-    device = torch.device("cpu")
-    pixels = torch.randint(200, (130, 3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def images(self, idx):
-        return self.pixels[idx]
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_fid_is_zero_for_the_images_themselves_and_the_squared_shift_of_the_features_for_shifted_ones(tmp_path):
-    torch.jit.script(ColourMeans()).save(str(tmp_path / "inception-2015-12-05.pt"))
-    network = evaluate.load_inception(tmp_path, "cpu")
     with pytest.warns(UserWarning, match="2,048"):
-        assert evaluate.fid(copying_model(0), RandomImages(), network, 130, 1) == pytest.approx(0, abs=1e-6)
-        assert evaluate.fid(copying_model(7), RandomImages(), network, 130, 1) == pytest.approx(3 * 7 ** 2)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_without_the_inception_file_fid_is_left_out_in_one_line_and_a_damaged_one_is_refused(tmp_path, capsys):
-    assert evaluate.load_inception(tmp_path, "cpu") is None
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "inception-2015-12-05.pt" in said and "https://" in said
-    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"not a network")
-    with pytest.raises(data.UserError, match="not a readable TorchScript file"):
-        evaluate.load_inception(tmp_path, "cpu")
-
-
-# ---- from a checkpoint to the page ----------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A checkpoint of the tiny preset with random weights, and anchors fitted to its units."""
-    args = train.build_parser().parse_args(["--dataset", "shapes3d", "--preset", "tiny"])
-    args.device = torch.device("cpu")
-    cfg = train.settings(args)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = train.Model(cfg).eval()
-    ds = data.load("shapes3d", source="rendered")
-    idx = torch.arange(0, 480_000, 2_400)
-    model.dyga.fit(model.units(ds.images(idx)))
-    path = tmp_path_factory.mktemp("run") / "ckpt.pt"
-    torch.save({"format": train.FORMAT, "stage": 2, "config": cfg, "model": model.state_dict(), "average": {},
-                "dataset": {"name": "shapes3d", "source": "rendered"}, "images_seen": 1234, "minutes": 0.5}, path)
-    (path.parent / "log.jsonl").write_text("".join(
-        json.dumps({"stage": 2, "images": 32 * i, "loss": 1 / (1 + i)}) + "\n" for i in range(20)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def report(checkpoint):
-    """The real command on it, in a process of its own, without the metrics that take long."""
-    command = [sys.executable, "evaluate.py", str(checkpoint), "--quick", "--only", "mig,modularity,figures",
-               "--seeds", "2", "--images", "5,17", "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return checkpoint.parent / "eval", done.stdout
-
-
-def test_the_command_prints_scores_with_counts_seeds_and_the_papers_values(report):
-    row = next(line for line in report[1].splitlines() if line.startswith("MIG"))
-    assert "0.507 +- 0.002" in row and "train 2,000" in row and "0, 1" in row
-    assert "rendered twin" in report[1] and "cannot be compared" in report[1]
-
-
-def test_the_command_writes_every_file(report):
-    figures = {f"{name}.png" for name in evaluate.FIGURES}
-    assert {path.name for path in report[0].iterdir()} == {"metrics.json", "index.html"} | figures
-
-
-def test_metrics_json_says_what_was_measured_on_what(report):
-    found = json.loads((report[0] / "metrics.json").read_text())
-    assert found["source"] == "rendered" and found["images_seen"] == 1234 and found["quick"]
-    row = found["scores"]["mig"]
-    assert row["counts"] == {"n_train": 2000} and row["seeds"] == [0, 1]
-    assert row["value"] == pytest.approx(np.mean(row["values"]))
-    assert row["std"] == pytest.approx(np.std(row["values"], ddof=1))
-
-
-def test_the_page_needs_no_other_file(report):
-    page = (report[0] / "index.html").read_text()
-    assert "rendered twin" in page
-    assert "://" not in page and page.count('src="data:image/png') == len(evaluate.FIGURES)
-
-
-def test_the_page_works_in_a_browser(report, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no Chromium here to open the page with (Debian: apt-get install chromium)")
-    done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
-                           "--dump-dom", (report[0] / "index.html").as_uri()],
-                          capture_output=True, text=True, timeout=120)
-    assert "position 1 of 5" in done.stdout  # the script has run
-    assert "background: url(" in done.stdout.replace("&quot;", '"')
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--only", "mig,no_such_metric"], "no_such_metric"), (["--only", "tad"], "choose from factorvae"),
-    (["--images", "480000"], "0 to 479999"), (["--fid", "1"], "--fid 1"), (["--seeds", "0"], "--seeds 0")])
-def test_a_wrong_flag_is_one_line_and_nothing_is_written(checkpoint, tmp_path, monkeypatch, arguments, words):
-    command = ["evaluate.py", str(checkpoint), "--device", "cpu", "--out", str(tmp_path / "new"), *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(data.UserError, match=words) as error:
-        evaluate.main()
-    assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
-
-
-def test_a_missing_checkpoint_and_an_out_that_is_a_file_are_one_line(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "none.pt")])
-    with pytest.raises(data.UserError, match="no such file"):
-        evaluate.main()
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(checkpoint), "--out", str(tmp_path / "file")])
-    with pytest.raises(data.UserError, match="a file is there"):
-        evaluate.main()
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_grid_metrics_are_refused_for_celeba_in_one_sentence():
-    celeba = SimpleNamespace(name="celeba", __len__=lambda: 9)
-    with pytest.raises(data.UserError, match="dci: for celeba choose from tad, figures"):
-        evaluate.chosen_parts(SimpleNamespace(only=["dci"], images=[], seed=0, seeds=1, fid=0), celeba, 20)
-
-
-def test_metrics_that_compare_units_are_refused_for_a_model_of_one():
-    args = SimpleNamespace(only=["factorvae", "mig"], quick=True, images=[], seed=0, seeds=1, fid=0)
-    with pytest.raises(data.UserError, match="the model has 1 unit, and mig compare units"):
-        evaluate.chosen_parts(args, data.load("shapes3d", source="rendered"), 1)
+        assert evaluate.fid(model, ds, colour_means, 130, 1) == approx(3 * brighter ** 2)
 
 
 def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():
@@ -531,49 +254,137 @@ def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():
 def test_every_image_is_encoded_once():
     seen = []
 
-    class Model:
-        def units(self, images):
-            seen.extend(images.flatten().tolist())
-            return images[:, :, None].float()  # (B, 1, 1)
+    def units(idx):
+        seen.extend(idx.tolist())
+        return idx[:, None, None].float()  # (B, 1, 1)
 
-    class Images:
-        device = torch.device("cpu")
-        images = staticmethod(lambda idx: idx[:, None])
-        __len__ = lambda self: 50  # noqa: E731
-
-    encode = evaluate.Codes(Model(), Images(), (torch.zeros(1, 1), torch.ones(1, 1)))
+    encode = evaluate.Codes(units, (torch.zeros(1, 1), torch.ones(1, 1)), 50)
     for idx in ([3, 1, 3], [1, 4], [3]):
         assert encode(np.array(idx))[:, 0].tolist() == idx
     assert sorted(seen) == [1, 3, 4]
 
 
-def two_anchors(noise):
-    """A DyGA of one unit in 4 dimensions, fitted to two groups of 200 samples; their units and groups."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(400)[:, None] % 2
-    c = 3 + 4 * labels[..., None] + noise * torch.randn(400, 1, 4, generator=generator)
-    return dyga.DyGA(1, dim=4, k_init=2, k_max=2, lam=0.5).fit(c), c, labels.numpy()
+def test_anchors_of_groups_far_apart_are_pure_and_alignment_raises_their_margin():
+    labels = np.arange(400)[:, None] % 2
+    c = torch.randn(400, 1, 4, generator=torch.Generator().manual_seed(0))
+    c = 3 + 4 * torch.from_numpy(labels)[..., None] + 0.3 * c  # (400, 1, 4): two groups
+    anchors, active = dyga.DyGA(1, dim=4, k_init=2, k_max=2, lam=0.5).fit(c), np.array([True])
+    before, after = (evaluate.separation(anchors, x, labels, active) for x in (c, anchors.align(c)))
+    assert (before["purity"], after["purity"], before["chance"]) == (1, 1, 0.5)
+    assert after["margin"] > before["margin"] > 0.8
+    unrelated = evaluate.separation(anchors, c, np.arange(400)[:, None] // 200, active)
+    assert unrelated["purity"] == approx(0.5, 0.01)  # chance
 
 
-def test_separation_is_pure_for_groups_that_are_far_apart_and_alignment_raises_the_margin():
-    anchors, c, labels = two_anchors(0.3)
-    numbers = evaluate.separation(anchors, c, labels, np.array([True]))
-    assert numbers["purity_before"] == numbers["purity_after"] == numbers["pure_before"] == 1
-    assert numbers["chance"] == 0.5
-    assert numbers["margin_after"] > numbers["margin_before"] > 0.8
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of the tiny preset with random weights, and anchors fitted to its units."""
+    cfg = train.default_settings() | train.PRESETS["tiny"]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = train.Model(cfg).eval()
+        model.extractor.to_scalars[-1].weight.mul_(100)  # units that are not silent
+    ds = data.load("shapes3d", source="rendered")
+    model.dyga.fit(model.units(ds.images(torch.arange(0, 480_000, 2_400))))
+    path = tmp_path_factory.mktemp("run") / "ckpt.pt"
+    torch.save({"format": train.FORMAT, "stage": 2, "config": cfg, "images_seen": 1234,
+                "minutes": 0.5, "dataset": {"name": "shapes3d", "source": "rendered"},
+                "model": model.state_dict(), "average": model.state_dict()}, path)
+    rows = [{"stage": 2, "images": 32 * i, "loss": 1 / (1 + i)} for i in range(20)]
+    (path.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def test_separation_of_labels_that_the_unit_does_not_know_is_chance():
-    anchors, c, labels = two_anchors(0.3)
-    unrelated = np.arange(400)[:, None] // 200
-    assert evaluate.separation(anchors, c, unrelated, np.array([True]))["purity_before"] == pytest.approx(0.5, abs=0.01)
-    assert evaluate.separation(dyga.DyGA(1, dim=4), c, labels, np.array([True])) == {}
+@pytest.fixture(scope="module")
+def report(checkpoint):
+    """The real command on it, in a process of its own, without the metrics that take long."""
+    command = [sys.executable, "evaluate.py", str(checkpoint), "--quick", "--device", "cpu",
+               "--only", "mig,modularity_active,figures"]
+    folder = Path(evaluate.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return checkpoint.parent / "eval", done.stdout
 
 
-def test_one_zero_makes_the_released_delta_vanish_and_not_ours():
-    anchors, c, _ = two_anchors(0.3)
-    usual = evaluate.mean_deltas(anchors, c)
-    c[0, 0, 0] = 0
-    found = evaluate.mean_deltas(anchors, c)
-    assert found["released_delta"] < 1e-100 < 0.1 < usual["released_delta"]
-    assert found["mean_delta"] == pytest.approx(usual["mean_delta"], rel=0.02)
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    def run(*arguments):
+        line = ["evaluate.py", *map(str, arguments), "--device", "cpu", "--out", "new"]
+        monkeypatch.setattr(sys, "argv", line)
+        try:
+            code = data.run(evaluate.main) or 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, "".join(capsys.readouterr()), Path("new")
+    return run
+
+
+def test_the_command_prints_scores_with_counts_and_the_papers_values_and_names_units(report):
+    row = next(line for line in report[1].splitlines() if line.startswith("mig  "))
+    assert "0.507 +- 0.002" in row and "train 2,000" in row
+    for words in ("rendered twin", "cannot be compared", "floor hue: unit", "Silent units"):
+        assert words in report[1]
+
+
+def test_the_command_writes_metrics_json_pictures_and_a_page_that_needs_no_other_file(report):
+    figures = ["samples", "matrix", "interchange", "interpolation", "attention", "units"]
+    assert {path.name for path in report[0].iterdir()} == {
+        "metrics.json", "index.html", *(f"{name}.png" for name in figures)}
+    page = (report[0] / "index.html").read_text()
+    assert "://" not in page and '"loss": [[0, 1.0], [32, 0.5]' in page
+    assert all(f'"{name}": "data:image/png' in page for name in figures)
+    found = json.loads((report[0] / "metrics.json").read_text())
+    assert (found["source"], found["images_seen"], found["quick"]) == ("rendered", 1234, True)
+    assert found["scores"]["mig"]["counts"] == {"n_train": 2000}
+    assert set(found["anchors"]) == {"before", "after", "mean_delta", "lambda"}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    *(((flag, value), flag) for flag in ("--seed", "--fid")
+      for value in ("nan", "inf", "-1", "1e99", 10**30)),
+    (("--only", "mig,magic"), "magic: for shapes3d"), (("--only", "tad"), "choose from factorvae"),
+    (("--fid", "9"), "is not there; put"), (("--codes", "a.npz"), "expected a checkpoint")])
+def test_a_wrong_flag_is_one_line_and_nothing_is_written(checkpoint, command, arguments, words):
+    code, said, out = command(checkpoint, *arguments)
+    assert code == 2 and said.count("\n") == 1 and words in said and not out.exists()
+
+
+def test_a_missing_input_or_template_is_one_line(checkpoint, command, monkeypatch):
+    assert "expected a checkpoint" in command()[1] and "no such file" in command("none.pt")[1]
+    monkeypatch.setattr(evaluate, "TEMPLATE", Path("lost/page.html"))
+    code, said, _ = command(checkpoint)
+    assert code == 2 and said.count("\n") == 1 and "lost/page.html" in said
+
+
+def test_metrics_that_need_a_grid_are_refused_for_celeba():
+    with pytest.raises(data.UserError, match="dci: for celeba choose from tad, figures"):
+        evaluate.check_flags(SimpleNamespace(only=["dci"]),
+                             SimpleNamespace(name="celeba", is_grid=False))
+
+
+CARS = np.stack(np.unravel_index(np.arange(17_568), [4, 24, 183]), 1)
+CODES = ["--codes", "a.npz", "--dataset", "cars3d", "--quick", "--only"]
+
+
+@pytest.mark.parametrize("arrays", [
+    {"any": CARS}, {"codes": CARS[:, :, None] * np.ones(4), "labels": np.zeros(2)}])
+def test_codes_of_a_file_are_scored_without_images_and_called_the_users(command, arrays):
+    np.savez("a.npz", **arrays)
+    code, said, out = command(*CODES, "factorvae,figures")
+    assert code == 0 and "yours (cars3d, codes)" in said and "the user's" in said
+    assert json.loads((out / "metrics.json").read_text())["scores"]["factorvae"]["value"] == 1
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "index.html", "matrix.png"}
+    assert "samples" not in command(*CODES, "figures")[1]  # no table without rows
+
+
+@pytest.mark.parametrize("arrays, words", [
+    ({"a": CARS[1:]}, "a is int64"), ({"a": CARS[:, :1]}, "found 1 unit"), ({}, "no array"),
+    ({"a": CARS * np.nan}, "NaN"), ({"a": CARS, "b": CARS}, "holds a, b"),
+    ({"a": np.array(["text"])}, "expected numbers"), (None, "not a readable .npz")])
+def test_a_file_without_fitting_codes_is_one_line(command, arrays, words):
+    Path("a.npz").write_text("no npz")
+    if arrays is not None:
+        np.savez("a.npz", **arrays)
+    code, said, _ = command(*CODES, "mig")
+    assert code == 2 and words in said.splitlines()[-1]

@@ -98,7 +98,7 @@ def test_psnr_of_an_error_of_one_level_is_twenty_times_the_decimal_logarithm_of_
 
 def test_adversarial_weight_balances_the_two_gradients_at_the_last_layer():
     net, disc, x = small(), V.PatchDiscriminator(8), V.to_float(pictures())
-    loss, row = V.stage1_losses(net, disc, x, disc_weight=0.75, commitment=0.25)
+    loss, row = V.stage1_losses(net, disc, x, "l1", disc_weight=0.75, commitment=0.25)
     x_hat = net.decoder(net.codebook(net.encoder(x))[0])
     last = net.decoder[-2].weight
     g_l1, = torch.autograd.grad(F.l1_loss(x_hat, x), last, retain_graph=True)
@@ -111,8 +111,8 @@ def test_the_discriminators_hinge_is_one_for_a_blind_judge_and_stops_at_the_draw
     net, disc, x = small(), V.PatchDiscriminator(8), V.to_float(pictures())
     torch.nn.init.zeros_(disc.net[-1].weight)
     torch.nn.init.zeros_(disc.net[-1].bias)  # answers 0 for all: both hinges are 1
-    loss, row = V.stage1_losses(net, disc, x, disc_weight=0.75, commitment=0.25)
+    loss, row = V.stage1_losses(net, disc, x, "l1", disc_weight=0.75, commitment=0.25)
     assert row["disc_loss"].item() == 1
     row["disc_loss"].backward()
     assert all(p.grad is None for p in net.parameters())
-    assert "adversarial_weight" not in V.stage1_losses(net, None, x, 0.75, 0.25)[1]
+    assert "adversarial_weight" not in V.stage1_losses(net, None, x, "mse", 0.75, 0.25)[1]
