@@ -112,7 +112,8 @@ def read_codes(path, count):
         raise UserError(f"{path}: holds {', '.join(arrays) or 'no array'}; expected one array, or "
                         "one that is named codes")
     codes = arrays[name]
-    if codes.dtype.kind not in "fiub" or codes.ndim not in (2, 3) or len(codes) != count:
+    fits = codes.ndim in (2, 3) and len(codes) == count and codes.size
+    if codes.dtype.kind not in "fiub" or not fits:
         raise UserError(f"{path}: {name} is {codes.dtype} {codes.shape}; expected numbers "
                         f"({count:,} images, U) or ({count:,} images, N, D)")
     if not np.isfinite(codes).all():
@@ -708,8 +709,7 @@ def scatter(points, hues, anchors, side=230):
 
 
 def figure_units(dyga, probe, sizes, n=1500):
-    """Figures 1 and 11: each factor's best unit, before and after alignment, in the plane of its
-    first two principal components before."""
+    """Figures 1 and 11: each factor's best unit before and after alignment, in two dimensions."""
     c, c_tilde = probe.c[:n].cpu(), dyga.align(probe.c[:n]).cpu()  # (n, N, D)
     # A small lambda moves units too little to be seen. Equation 6 is linear in it.
     rows = {"before": c, f"after, lambda {dyga.lam:g}": c_tilde,
@@ -945,8 +945,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)  # before the long part: if it cannot be made, say so now
 
     print(f"{source}: {ds.name}, {ds.source}", flush=True)
-    # Paper: its released evaluation fits the PCA on all images; mean and direction of 32 numbers
-    # need far fewer. TAD is defined on 10,000.
+    # Paper: released code fits the PCA on all images; it needs far fewer. TAD is of 10,000.
     n = 4_000 if args.quick else 20_000
     probe = Probe(units, ds, n if ds.is_grid else 10_000, args.seed)
     scores, anchors = {}, {}

@@ -93,7 +93,7 @@ class Extractor(nn.Module):
         return self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
 
     def price(self, s):
-        """Beyond the paper: scalars s (B, N) -> s with noise (B, N), and the price of what it tells.
+        """Beyond the paper: scalars s (B, N) -> s with noise (B, N), price of what they tell.
 
         A scalar becomes a noisy channel N(s, sigma^2), with one learnt sigma a unit, and tells
         nats = KL(N(s, sigma^2) || N(0, 1)), as in a beta-VAE (Higgins et al. 2017). The price, a

@@ -182,10 +182,10 @@ def test_stage_2_draws_from_one_pool_of_images_and_hands_on_their_latents(
         finished, tmp_path, monkeypatch):
     forward, seen = train.Model.forward, set()
 
-    def watched(self, images, z0):
+    def watched(self, images, z0, priced):
         seen.update(image.numpy().tobytes() for image in images)
         torch.testing.assert_close(z0, self.vqgan.encode(images), atol=1e-3, rtol=1e-3)  # float16
-        return forward(self, images, z0)
+        return forward(self, images, z0, priced)
 
     monkeypatch.setattr(train.Model, "forward", watched)
     flags = [*SHORT, "--out", tmp_path, "--pool_images", "64", "--epoch_images", "0"]
@@ -201,6 +201,19 @@ def test_a_batch_larger_than_the_pool_counts_what_a_step_really_sees(tmp_path, m
     assert run_main(monkeypatch, *flags) == 0
     assert len([row for row in rows(tmp_path) if row.get("of") == "training"]) == 2
     assert train.read_checkpoint(tmp_path / "ckpt.pt")["images_seen"] == 640
+
+
+def test_units_learn_freely_in_the_first_fifth_and_then_have_a_price(tmp_path, monkeypatch):
+    forward, asked = train.Model.forward, []
+
+    def watched(self, images, z0, priced):
+        asked.append(priced)
+        return forward(self, images, z0, priced)
+
+    monkeypatch.setattr(train.Model, "forward", watched)
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path, "--price", "1e-3") == 0
+    assert asked == 3 * [False] + 7 * [True]  # ten steps; the third begins at exactly a fifth
+    assert all(row["price"] > 0 for row in rows(tmp_path) if "loss" in row)
 
 
 def test_minutes_ends_the_course_in_time_with_a_complete_checkpoint(tmp_path, monkeypatch):
