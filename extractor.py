@@ -3,14 +3,14 @@
 Where it sits: this is the network whose output we want to be disentangled. A small CNN squeezes
 the image into N scalars, one per unit. Then each scalar goes through a small MLP of the unit's own
 and becomes a vector of D = 32 numbers. The N vectors are the set c that the denoiser (unet.py)
-cross-attends to. Nothing here is told what a factor is: the only training signal is that the
-denoiser predicts noise better when the units say something useful.
+cross-attends to. Nothing here is told what a factor is: the training signal is that the denoiser
+predicts noise better when the units say something useful (and, beyond the paper, a price on that).
 
 Two bottlenecks do the disentangling work. One scalar per unit: a unit is a curve in R^D, with one
 degree of freedom, so it pays to put one thing on it. And the MLPs are private: no unit can see
 another's scalar, so what a unit's vector says can only come from its own scalar.
 
-    python extractor.py     # prints every layer's shape and the parameter count (Table 9: 23.570M)
+    python extractor.py     # prints shapes on the way, and the parameter count (Table 9: 23.570M)
 """
 
 import torch
@@ -41,12 +41,11 @@ class Extractor(nn.Module):
         n_units: N. The paper does not say; its released configuration has 20.
         unit_dim: D, the length of one unit's vector (section 3.1: 32).
         channels: of the convolutions. The first keeps the image's size, each other halves it.
-        hidden: widths of the two fully connected layers between the CNN and the N scalars.
-        unit_hidden: widths of the two hidden layers of each unit's private MLP.
+        hidden: widths of the fully connected layers between the CNN and the N scalars.
+        unit_hidden: widths of the hidden layers of each unit's private MLP.
         shrink: average the image over shrink x shrink pixels first (paper: 1).
-        unit_relu: end every unit in a ReLU, as Table 9 does. A ReLU makes about half of a unit's
-            numbers exactly 0: curves with corners, and equation 6 divides by those numbers. The
-            laptop preset leaves it out, so that a unit stays a smooth curve.
+        unit_relu: end every unit in a ReLU, as Table 9 does. About half of a unit's numbers are
+            then exactly 0, and equation 6 divides by them. So the laptop preset leaves it out.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
         noisy: give every scalar a learnt noise (beyond the paper, see `price`).
     """
@@ -84,8 +83,8 @@ class Extractor(nn.Module):
         for d_in, d_out in zip(widths[:-1], widths[1:]):
             self.unit_mlp.append(UnitLinear(n_units, d_in, d_out))
         self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
-        if noisy:  # a tenth of log sigma, so that an optimiser's steps move sigma fast enough
-            self.log_sigma = nn.Parameter(torch.full((n_units,), -0.23))  # sigma = 0.1
+        if noisy:  # a tenth, so that sigma moves ten times as fast as other weights do
+            self.log_sigma_tenth = nn.Parameter(torch.full((n_units,), -0.23))  # sigma = 0.1
 
     def scalars(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N): all that a unit knows of them."""
@@ -93,15 +92,16 @@ class Extractor(nn.Module):
         return self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
 
     def price(self, s):
-        """Beyond the paper: scalars s (B, N) -> s with noise (B, N), price of what they tell.
+        """Beyond the paper: scalars s (B, N) -> s with noise (B, N), and the price of its content.
 
-        A scalar becomes a noisy channel N(s, sigma^2), with one learnt sigma a unit, and tells
-        nats = KL(N(s, sigma^2) || N(0, 1)), as in a beta-VAE (Higgins et al. 2017). The price, a
-        0-dim tensor, is the sum over units of log(1 + nats): the more a unit tells already, the
-        less another nat costs there. So a factor told by three units moves to one, and those that
-        are not needed fall silent. (A sum of nats alone would not mind ten hues told as 5 x 2.)
+        Each scalar gets Gaussian noise, with one learnt deviation sigma a unit. What then gets
+        through, in nats, is at most KL(N(s, sigma^2) || N(0, 1)), as in a beta-VAE (Higgins et al.
+        2017). The price, a 0-dim tensor, is the sum over units of log(1 + nats). Its slope falls,
+        so to keep a factor in one unit is cheaper than to split it, and units that are not needed
+        fall silent. The nats themselves would cost the same for one unit that tells ten hues and
+        for two that tell five and two values: log 10 = log 5 + log 2.
         """
-        log_sigma = 10 * self.log_sigma  # (N,)
+        log_sigma = 10 * self.log_sigma_tenth  # (N,)
         sigma = log_sigma.exp()
         nats = ((s.square() + sigma.square() - 1) / 2 - log_sigma).mean(0)  # (N,)
         return s + sigma * torch.randn_like(s), nats.log1p().sum()

@@ -8,15 +8,18 @@
 Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and
 --resume need), log.jsonl and samples.png. One step of stage 2, as data sees it:
 
-    idx -> x0 (B, 3, 64, 64) -> extractor -> c (B, N, D) -> dyga.align -> c~ (B, N, D)
-        -> frozen stage 1 -> z0 -> noise eps, time t -> z_t -> unet(z_t, t, c~) = eps^
-        -> |eps^ - eps|
+    image x0 -> extractor -> c (B, N, D) -> dyga.align -> c~ (B, N, D) ------.
+      |                                                                       v
+      '-> stage 1 (frozen, once) -> z0 -> noise eps, time t -> z_t -> unet(z_t, t, c~) = eps^
+
+and the loss is the distance of eps^ from eps.
 
 Reading order: presets, Model, the two loops (train_stage1, train_stage2); then what they call.
 
-Randomness: each step seeds itself from (--seed, stage, images seen, process). So a resumed run ends
-like one that never stopped, to the last bit, on the same CPU with the same number of threads. With
-other threads, devices or processes it is the same course, with other roundings or other noise.
+Randomness: each step seeds itself from --seed and its place in the course (Run.seed_of). So a
+resumed run ends like one that never stopped, to the last bit, on the same CPU with the same number
+of threads. With other threads, devices or processes, which nothing forbids, it is the same course
+with other roundings or other noise.
 """
 
 import argparse
@@ -57,33 +60,37 @@ PRESETS = {
     "laptop": {
         # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per
         # image. It works on patches of 8x8 pixels, at one level, and spends the time that this
-        # saves on width. No discriminator, which would double the time of a step.
+        # saves on width. Four channels and a squared error gave sharper pictures than three and
+        # L1. No discriminator, which would double the time of a step.
         "vqgan.patch": 8, "vqgan.multipliers": [1], "vqgan.res_blocks": 0, "vqgan.channels": 96,
         "vqgan.z_channels": 4, "stage1.disc_weight": 0.0, "stage1.loss": "mse", "stage1.lr": 6e-3,
         "stage1.batch": 16, "stage1.images": 28_800, "stage1.restart_images": 2_400,
-        # The extractor sees the image at 32x32; its private MLPs are a quarter as wide.
+        # The extractor sees the image at 32x32, and all of it is a quarter as wide, for time. No
+        # ReLU at the end of a unit (see Extractor).
         "extractor.shrink": 2, "extractor.channels": [16, 32, 64, 64],
         "extractor.hidden": [256, 128], "extractor.unit_hidden": [64, 128],
         "extractor.unit_relu": False,
-        # Half as wide, two levels in place of four. Transformers at 4x4 only: at 8x8 attention
-        # stays uniform, so nothing is looked up there. The latent's sides 8 and 4 are both not in
-        # [2]: by the released rule, skip dropout acts on every skip.
+        # Half as wide, two levels in place of four, for time. Transformers at 4x4 only: at 8x8
+        # attention stays uniform, so nothing is looked up there. The latent's sides 8 and 4 are
+        # both not in [2]: by the released rule, skip dropout acts on every skip.
         "unet.base": 32, "unet.multipliers": [1, 2], "unet.res_blocks": 1,
         "unet.attention_at": [2], "unet.self_attention": False, "unet.dropout": 0.0,
-        # One head: a pixel then looks up one unit at a time, where four heads look up a blend of
-        # four, and factors part.
+        # One head: a pixel then looks up one unit at a time, where several heads look up a blend
+        # of as many; with one, units came out less mixed.
         "unet.heads": 1,
-        # Muon teaches shape and orientation, times from the middle of the schedule teach hues, a
-        # squared error teaches small objects earlier than AdamW, uniform times and L1 do.
+        # Muon (in stage 1, too) learns shape and orientation, times from the middle of the
+        # schedule learn hues, and a squared error small objects, earlier than AdamW, uniform
+        # times and L1 do. The rate is Muon's usual one; it rises at first and falls at the end.
         "optimizer": "muon", "t_sampling": "logit_normal", "loss": "mse",
         "lr": 2e-3, "batch": 64, "warmup": 6_400, "decay": 0.3, "clip": 1.0,
         # Beyond the paper: telling costs, so that a factor is told by one unit (Extractor.price).
         "price": 1e-3,
-        # Five passes over a tenth of the images: the encoder then costs a fifth, and the anchors,
-        # fitted after each pass, get to act.
+        # Five times as many as there are different ones (a tenth of Shapes3D): the encoder then
+        # costs a fifth, and the anchors, fitted after each such epoch, have time to act. The
+        # average is as short as the course.
         "images": 240_000, "pool_images": 48_000, "fit_images": 5_000, "ema_half_life": 20_000,
     },
-    # For the tests: every part runs, nothing is learnt.
+    # For the tests: both stages and anchors in seconds, the discriminator too; nothing is learnt.
     "tiny": {
         "vqgan.patch": 4, "vqgan.channels": 16, "vqgan.multipliers": [1, 2],
         "vqgan.res_blocks": 1, "vqgan.codebook_size": 64, "stage1.lr": 2e-3,
@@ -105,7 +112,7 @@ PER_DATASET = {"cars3d": {"fit_every": 5}, "celeba": {"batch": 64, "ema_half_lif
 
 
 class Model(torch.nn.Module):
-    """Stage 1, extractor, anchors and U-Net together. cfg: a dict of all settings."""
+    """The VQ-GAN, extractor, anchors and U-Net together. cfg: a dict of all settings."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -120,8 +127,9 @@ class Model(torch.nn.Module):
     def forward(self, images, z0, priced=False):
         """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> what to minimise, a row to log.
 
-        priced: beyond the paper, let what the units tell cost (Extractor.price). The row has 0-dim
-        tensors: the loss of equation 2, the mean delta, and the price, before its weight.
+        priced: beyond the paper, the scalars get noise, and the price is part of what is minimised
+        (Extractor.price). The row has 0-dim tensors: the loss of equation 2, the mean delta, and
+        the price before its weight, which is logged from the start.
         """
         s = self.extractor.scalars(to_float(images))  # (B, N)
         price = torch.zeros((), device=s.device)
@@ -129,7 +137,7 @@ class Model(torch.nn.Module):
             noisy, price = self.extractor.price(s)
             s = noisy if priced else s
         c = self.extractor.expand(s)  # (B, N, D)
-        # A loss on c would be added here, for instance on its distance to self.dyga.nearest(c):
+        # A loss on c would be added here, for instance its distance from self.dyga.nearest(c)[0]:
         # alignment moves what the U-Net sees, and c only by way of its gradient.
         c_tilde, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N)
         loss = diffusion_loss(self.unet, z0, c_tilde, self.alpha_bar, self.cfg["loss"],
@@ -188,7 +196,7 @@ def train_stage1(run):
                                   cfg["stage1.commitment"])
         vqgan.zero_grad()
         loss.backward()
-        if disc:  # its own loss, in place of what the line above left in its gradients
+        if disc:  # its own loss; the VQ-GAN's loss has left gradients in it, too
             disc.zero_grad()
             row["disc_loss"].backward()
         step(run.optimizers, lr)
@@ -210,13 +218,13 @@ def train_stage1(run):
 def train_stage2(run):
     """Algorithm 1: extractor and U-Net together, anchors fitted anew after every r epochs."""
     cfg, model, average = run.cfg, run.model, run.average
-    # The encoder is frozen and each image comes several times: keep the latents of all.
-    z0_pool = encode_pool(run)  # (n, Z, h, w)
     fit_every = cfg["fit_every"] * (cfg["epoch_images"] or len(run.pool))
     budget = cfg["minutes"] and max(0.96 * cfg["minutes"] - run.minutes[1], 1e-9)
     net = model
     if run.world > 1:  # averages the gradients, and hands process 0's buffers (anchors) to all
         net = torch.nn.parallel.DistributedDataParallel(model)
+    # The encoder is frozen and each image comes several times: keep the latents of all.
+    z0_pool = encode_pool(run)  # (n, Z, h, w)
     model.extractor.train()
     model.unet.train()
     trained = [*model.extractor.parameters(), *model.unet.parameters()]
@@ -229,15 +237,15 @@ def train_stage2(run):
         x0 = run.ds.images(run.pool[idx])  # (B/world, 3, 64, 64)
         z0 = z0_pool[idx].float()  # (B/world, Z, h, w)
 
-        # The learning rate rises over the warm-up and falls to 0 at the very end.
+        # The learning rate rises over the warm-up, and falls to 0 over the last share `decay`.
         seen = run.seen[2] + cfg["batch"]
         lr = cfg["lr"] * min(1.0, seen / max(cfg["warmup"], 1))
         lr *= min(1.0, (1 - progress) / max(cfg["decay"], 1e-9))
 
         # Forward (where times, noise and dropout are drawn), loss, backward, step.
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-            # A price would silence what has not begun to be learnt: so not in the first fifth.
-            total, row = net(x0, z0, priced=cfg["price"] > 0 and progress > 0.2)
+            # Noise and price silence what is not yet learnt, so they begin late.
+            total, row = net(x0, z0, priced=cfg["price"] > 0 and progress > 0.4)
         net.zero_grad()
         total.backward()
         row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, cfg["clip"] or math.inf)
@@ -273,12 +281,13 @@ def fit_anchors(run, model, seen):
     if run.rank or not run.cfg["dyga.lam"]:
         return  # process 0 fits for all; without anchors, or with lambda 0, c~ is c
     model.extractor.eval()  # a unit must not depend on the rest of its batch
+    # (n, N, D), without noise, as everywhere but in training with a price
     units = torch.cat([model.units(run.ds.images(idx)) for idx in run.fit_idx.split(500)])
     model.extractor.train(model is run.model)
     if not units.isfinite().all():
         raise UserError(f"units are not finite at image {seen:,}; start again with a lower --lr")
     generator = torch.Generator().manual_seed(run.seed_of(3, seen))
-    model.dyga.fit(units, generator)  # (n, N, D)
+    model.dyga.fit(units, generator)
     run.log(of="training" if model is run.model else "average",
             anchors=model.dyga.mask.sum(1).tolist(),
             converged=sum(model.dyga.report["converged"]))
@@ -343,13 +352,14 @@ class Run:
         self.stage, self.finished, self.stopped_by = 1, False, None
         self.rows, self.log_bytes = [], 0
         self.clock = self.saved = time.perf_counter()
-        # LDM's short memories where the loss moves with the discriminator, else longer ones.
+        # AdamW's averages: LDM's short ones where the loss moves with the discriminator.
         betas = (0.5, 0.9) if self.disc else (0.9, 0.99)
         encoder, codebook, decoder = self.model.vqgan.children()
         layers = [*encoder.parameters(), *decoder.parameters()]
         self.optimizers = make_optimizers(cfg, layers, codebook.parameters(), betas, 0.0)
         if self.disc:
-            self.optimizers.append(torch.optim.AdamW(self.disc.parameters(), 0.0, betas))
+            disc_optimizer = torch.optim.AdamW(self.disc.parameters(), 0.0, betas, weight_decay=0.0)
+            self.optimizers.append(disc_optimizer)
 
     def start_stage2(self):
         """From the VQ-GAN's optimisers to those of the extractor and the U-Net."""
@@ -372,7 +382,7 @@ class Run:
         return self.seen[self.stage] / total
 
     def agree(self, number):
-        """The largest over all processes: one clock, one signal, or some would wait for ever."""
+        """The largest over all processes. If they did not stop together, some would hang."""
         if self.world == 1:
             return number
         number = torch.tensor(float(number))
@@ -549,8 +559,8 @@ def load_checkpoint(path, device="cpu"):
 # --------------------------------------------------------------------------------------------------
 # Settings: default < preset < dataset < flag
 #
-# One row a setting: name, default (* stands in the signature of the class), least and most or
-# choices, help. Section C.1 unless the help says otherwise.
+# One row a setting: name, default (*: see the signature of the class), least and most or choices,
+# help. Defaults are the paper's where it states them.
 
 TABLE = """
 stage1.images          2_000_000  1..1e12    images that stage 1 sees (not in the paper)
@@ -699,8 +709,8 @@ def refuse_contradictions(cfg, ckpt):
     """UserError if a flag beside --resume differs from the checkpoint's settings.
 
     The learning rate follows the course planned at the start, so a longer course is another run
-    from its first step. But as long as stage 2 has not begun, its flags may still be changed: to
-    try several, copy the folder of a finished stage 1, and resume each copy.
+    from its first step. But between the stages, the flags of stage 2 may still be changed: to try
+    several, copy the folder of a finished stage 1, and resume each copy.
     """
     for name, held in ckpt["config"].items():
         stage1 = name.startswith(("vqgan.", "stage1.")) or name in ("preset", "minutes")
@@ -765,17 +775,19 @@ def in_bfloat16(precision, device):
 
 def check_memory(run):
     """Does a step of stage 2 fit into the GPU? -> bytes it takes. UserError naming a batch."""
-    for halvings in range(20):
-        batch = run.cfg["batch"] // 2 ** halvings
+    wanted = run.cfg["batch"] // run.world
+    share = wanted  # of this process
+    while share:
         try:
-            trial_step(run, batch // run.world)
+            trial_step(run, share)
+            break
         except torch.OutOfMemoryError:
-            continue
-        if not halvings:
-            return torch.cuda.max_memory_allocated(run.device)
+            share //= 2
+    if share < wanted:
         raise UserError(f"--batch {run.cfg['batch']}: a step of stage 2 does not fit into the "
-                        f"memory of {run.device}; expected at most --batch {batch}")
-    raise UserError("not even one image fits into the GPU's memory; try --device cpu")
+                        f"memory of {run.device}; expected at most --batch {share * run.world} "
+                        "(0: smaller networks, or --device cpu)")
+    return torch.cuda.max_memory_allocated(run.device)
 
 
 def trial_step(run, batch):

@@ -7,8 +7,9 @@ drowns z0 in noise, and this network must say what the noise was, given the unit
     z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps                           (equation 1)
     eps^ = UNet(z_t, t, c~)                                                          (equation 2)
 
-Table 8's U-Net on a latent of 16x16. Each down or up stage is a ResBlock; (+) stages have a
-Transformer behind it, where each pixel looks up the units:
+Table 8's U-Net on a latent of 16x16. Each () is a ResBlock, (+) one with a Transformer behind it,
+where each pixel looks up the units. (On the way up each takes one skip; the third at a level is
+that of the layer which made the level: conv, or the step down.)
 
     z_t -> conv -> 16x16 (+)(+) --.                              .-> 16x16 (+)(+)(+) -> conv -> eps^
                        8x8 (+)(+) --.        skips             .-> 8x8 (+)(+)(+)
@@ -50,7 +51,7 @@ def add_noise(z0, eps, t, alpha_bar):
 
 
 def time_embedding(t, dim):
-    """Cosines and sines of t at dim/2 frequencies from 1 to 1/10000: int64 (B,) -> (B, dim)."""
+    """Cosines and sines of t at dim/2 frequencies from 1 to almost 1/10000: (B,) -> (B, dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[:, None] * freqs  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
@@ -199,7 +200,7 @@ class UNet(nn.Module):
 
     Args:
         channels: Z, of the latent.
-        base: width of the first level; every group of GroupNorm must divide every width.
+        base: width of the first level; a multiple of `groups` and of `heads`.
         multipliers: width of each level as a multiple of `base`; each level but the last halves
             the size.
         res_blocks: residual blocks per level on the way down; one more on the way up.
@@ -401,8 +402,8 @@ class Muon(torch.optim.Optimizer):
     Every direction in which a layer can learn gets a step of the same size, while AdamW's steps
     follow the few directions of large gradients. Small but telling ones, such as those of an
     object's shape beside the hues', are learnt early that way. For weights of two and more
-    dimensions; AdamW has the rest. Steps are scaled to the usual size of AdamW's (Liu et al.
-    2025), so that one learning rate serves both.
+    dimensions (UnitLinear's biases too); AdamW has the rest. Steps are scaled to the usual size
+    of AdamW's (Liu et al. 2025), so that one learning rate serves both.
 
     Paper: does not name its optimiser; the code that it builds on has AdamW, as the paper preset.
     """

@@ -49,9 +49,9 @@ def test_units_end_in_a_relu_only_if_asked(small):
 
 def test_the_price_is_that_of_the_divergence_from_a_normal_and_concave_in_each_unit():
     net = Extractor(4, 8, (8, 16), (16, 16), (12, 12), noisy=True)
-    torch.nn.init.normal_(net.log_sigma, std=0.1)
+    torch.nn.init.normal_(net.log_sigma_tenth, std=0.1)
     s = torch.randn(5, 4)
-    channel = torch.distributions.Normal(s, (10 * net.log_sigma).exp().expand(5, 4))
+    channel = torch.distributions.Normal(s, (10 * net.log_sigma_tenth).exp().expand(5, 4))
     unit = torch.distributions.Normal(torch.zeros(5, 4), torch.ones(5, 4))
     nats = torch.distributions.kl_divergence(channel, unit).mean(0)  # (N,)
     noisy, price = net.price(s)
@@ -59,7 +59,7 @@ def test_the_price_is_that_of_the_divergence_from_a_normal_and_concave_in_each_u
     # So ten hues told by one unit (log 10 nats) cost less than as 5 x 2 by two.
     assert math.log1p(math.log(10)) < math.log1p(math.log(5)) + math.log1p(math.log(2))
     deviation = (net.price(s.expand(2000, 5, 4).flatten(0, 1))[0].view(2000, 5, 4) - s).std((0, 1))
-    torch.testing.assert_close(deviation, (10 * net.log_sigma).exp(), rtol=0.05, atol=0)
+    torch.testing.assert_close(deviation, (10 * net.log_sigma_tenth).exp(), rtol=0.05, atol=0)
 
 
 def test_fsq_rounds_each_unit_to_a_grid_of_the_given_levels_and_lets_gradients_through():

@@ -203,7 +203,7 @@ def test_a_batch_larger_than_the_pool_counts_what_a_step_really_sees(tmp_path, m
     assert train.read_checkpoint(tmp_path / "ckpt.pt")["images_seen"] == 640
 
 
-def test_units_learn_freely_in_the_first_fifth_and_then_have_a_price(tmp_path, monkeypatch):
+def test_units_learn_freely_at_first_and_then_have_a_price(tmp_path, monkeypatch):
     forward, asked = train.Model.forward, []
 
     def watched(self, images, z0, priced):
@@ -212,7 +212,7 @@ def test_units_learn_freely_in_the_first_fifth_and_then_have_a_price(tmp_path, m
 
     monkeypatch.setattr(train.Model, "forward", watched)
     assert run_main(monkeypatch, *SHORT, "--out", tmp_path, "--price", "1e-3") == 0
-    assert asked == 3 * [False] + 7 * [True]  # ten steps; the third begins at exactly a fifth
+    assert asked == 5 * [False] + 5 * [True]  # ten steps; the fifth begins at exactly 0.4
     assert all(row["price"] > 0 for row in rows(tmp_path) if "loss" in row)
 
 
