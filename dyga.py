@@ -2,12 +2,13 @@
 
 It sits between the extractor, which turns an image into N latent units of D numbers, and the
 denoiser. A unit that means one factor (wall hue, say) should take one group of values per
-attribute (per hue). DyGA finds such groups and sharpens them:
+attribute (per hue). DyGA finds such groups and shows them to the denoiser more compact:
 
-    fit    once an epoch: a Gaussian mixture for each unit, over many images. Its means are the
+    fit    every r epochs: a Gaussian mixture for each unit, over many images. Its means are the
            unit's ANCHORS. How many there are is found as well (Algorithm 2).
-    align  in every training step: each unit moves a little to its anchor (Algorithm 3). The
-           denoiser sees the result, and its gradient teaches the extractor to make clear groups.
+    align  in every training step: each unit moves a little to its anchor (Algorithm 3), and the
+           denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is that
+           a denoiser which sees clear groups teaches the extractor to make them.
 
     python dyga.py    # fits toy units, prints anchors beside the truth, draws out/dyga.png
 
@@ -31,8 +32,8 @@ from torch import nn
 # square deviation of a unit's numbers: so a threshold means the same for every unit.
 # Paper: no word on scale; the released code normalises every batch by itself.
 FLOOR = 1e-3  # least variance: a unit is a thin curve, whose Gaussian is singular without a floor
-EMPTY = 1e-6  # a component with fewer samples than this is gone
-LIMIT = 1e3  # outliers beyond this many scales are put there, so that float32 holds their squares
+EMPTY = 1e-6  # a component whose responsibilities sum to less than this is gone
+LIMIT = 1e3  # outliers beyond this many scales are put there: their squares would drown the rest
 
 
 class DyGA(nn.Module):
@@ -49,8 +50,10 @@ class DyGA(nn.Module):
         accept="always",  # "always" keeps each split, like the paper; "bic" tries to split all, and
         # keeps what improves the Bayesian information criterion: with k_init 1 it finds the levels
         d_max=8,  # 1 or more: largest d_k. Paper: no limit; a unit is a curve, 8 hold its bends too
-        spread=0.5,  # 0 or more: psi, in scales of the unit: wider clusters are split (always)
-        split_odds=0.5,  # 0 to 1: chance of any other cluster to be split once (always)
+        # The next two with accept="always" only. spread, 0 or more: psi; a cluster is split whose
+        # samples lie farther from its mean, on average (whole unit: about the root of D).
+        spread=0.5,
+        split_odds=0.5,  # 0 to 1: chance of any other cluster to be split once
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
         min_fraction=1e-3,  # 0 to 1: clusters of a smaller share of the samples are dropped
         tol=1e-4,  # 0 or more: EM ends when the mean log-likelihood rises by no more than this
@@ -142,7 +145,7 @@ class DyGA(nn.Module):
 
     @torch.no_grad()
     def responsibilities(self, c):
-        """Equation 4. c (B, N, D) -> (B, N, K) float32. Absent anchors have 0; the sum is 1."""
+        """Equation 4. c (B, N, D) -> (B, N, K) float32, 0 if absent; a fitted unit sums to 1."""
         with torch.autocast(c.device.type, enabled=False):
             x = normalise(c.float(), self.centre, self.scale[:, None])  # (B, N, D)
             mu = normalise(self.anchors, self.centre[:, None], self.scale[:, None, None])

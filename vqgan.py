@@ -274,8 +274,8 @@ class PatchDiscriminator(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Losses
 #
-# Paper: LDM adds a perceptual loss (LPIPS), whose VGG weights are a download. This code downloads
-# nothing, so that loss is absent, openly, in place of a network that silently failed to load.
+# LDM, and the paper's released configuration, add a perceptual loss (LPIPS), whose VGG weights are
+# a download. The paper's Table 7 has none, and this code downloads nothing: it is left out.
 
 
 def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment):
@@ -309,9 +309,10 @@ def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment):
 def adversarial_weight(reconstruction, adversarial, vqgan):
     """How strong the adversarial loss must be to pull as hard as the reconstruction loss, 0-dim.
 
-    The ratio of their gradient norms at the decoder's last convolution (Esser et al. 2021): there
-    both losses have come through the same, smallest piece of network, so the two gradients are
-    cheap and comparable. The ratio keeps the pair balanced while their scales drift.
+    The ratio of their gradient norms at the decoder's last convolution (Esser et al. 2021): it is
+    the last layer that both losses train. Beyond it they part, before it both gradients take the
+    same way; so the two norms there say how hard each pulls, and one small layer is cheap. The
+    ratio keeps the pair balanced while their scales drift.
     """
     last = vqgan.decoder[-2].weight
     wanted, = torch.autograd.grad(reconstruction, last, retain_graph=True)
