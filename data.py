@@ -1,7 +1,7 @@
-"""Images with known factors: four datasets, and a rendered twin of Shapes3D without a download.
+"""Images with known factors: four datasets, a rendered twin of Shapes3D, and your own pictures.
 
 The twin draws the same room, objects and colours, for the same 480,000 combinations of factors in
-the same order. It has no textures, so it is not the data: its scores are not Shapes3D's.
+the same order, without a download. It has no textures: its scores are not Shapes3D's.
 
 `load("shapes3d")` returns one small object, whatever lies behind it: ask it for images by index,
 and for the factors that an index stands for. `python data.py --dataset shapes3d` prints what was
@@ -11,9 +11,7 @@ found, and draws out/data-shapes3d.png: a grid with a row per factor in which on
 import argparse
 import colorsys
 import contextlib
-import errno
 import functools
-import io
 import math
 import os
 import sys
@@ -27,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 SIZE = 64  # every image is 64 x 64 pixels
@@ -56,42 +54,70 @@ DATASETS = {
         images=202_599,
         factors={},  # 40 attributes, named in list_attr_celeba
         files=["img_align_celeba.zip", "img_align_celeba/img_align_celeba", "img_align_celeba"],
+        size=(178, 218),
         advice="get it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"),
+    "folder": dict(  # your own pictures: see own_pictures()
+        factors={},  # named in labels.csv, if there is one
+        files=["."],
+        advice="replace it by a PNG or JPEG file, or remove it"),
 }
 
 
-def load(dataset, data_dir="data", source="auto", device="cpu", reserve=None):
+def load(dataset, data_dir="data", source="auto", device="cpu", reserve=None, vary=""):
     """Open a Dataset.
 
     source: "official" reads files in data_dir; "rendered" draws the twin, for shapes3d only; "auto"
     is official, or the twin where the file of shapes3d is missing.
     reserve: bytes of a GPU's memory that the images must leave free; None is half of what is free.
+    vary: some of a grid's factors, "NAME,NAME". The others are held at the middle of their values:
+    the dataset is the smaller grid of these.
     UserError: unknown names; files that are missing, damaged, or cannot be read or converted.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
-    if source not in ("auto", "official") and (dataset, source) != ("shapes3d", "rendered"):
-        raise UserError(f"{dataset} has no source {source!r}: choose auto or official "
-                        "(or rendered, for shapes3d only)")
-    facts, data_dir, device = DATASETS[dataset], Path(data_dir), torch.device(device)
-    npy = data_dir / f"{dataset}-64x64.npy"  # once this is made, the official file may go
-    found = [data_dir / file for file in facts["files"] if (data_dir / file).exists()]
-    lack = ""
-    if not found and not npy.exists():
-        where = f"in {data_dir}" if data_dir.exists() else f"({data_dir} does not exist)"
-        lack = f"no {facts['files'][0]} {where}"
+    known = dataset in DATASETS and source in ("auto", "official")
+    if not known and (dataset, source) != ("shapes3d", "rendered"):
+        raise UserError(f"no {source} images of {dataset}: choose {', '.join(DATASETS)}, and auto "
+                        "or official images (or rendered, of shapes3d only)")
+    facts, folder, device = DATASETS[dataset], Path(data_dir), torch.device(device)
+    if dataset == "folder":
+        facts = own_pictures(folder, facts)
+    npy = folder / f"{dataset}-64x64{facts.get('stamp', '')}.npy"
+    files = [folder / file for file in facts["files"]]
+    # Once the .npy file is made, the official one may go.
+    found = [path for path in (npy, *files) if path.exists()]
+    lack = "" if found else f"no {files[0].name} in {folder}"
+    if not folder.exists():
+        lack = f"no {files[0].name} ({folder} does not exist)"
     if dataset == "shapes3d" and (source == "rendered" or (source == "auto" and lack)):
+        source, images = "rendered", rendered(device)
         note = f"{lack or 'as asked'}: the rendered twin of Shapes3D; its scores are not Shapes3D's"
-        return Dataset(dataset, "rendered", note, rendered(device), facts, device)
-    if lack:
+    elif lack:
         raise UserError(f"{dataset}: {lack}; {facts['advice']} and put it there, "
                         "or name its folder with --data_dir")
-    if dataset == "celeba":
-        facts = facts | read_celeba_attributes(data_dir, facts, device)
-    if not npy.exists():
-        convert(dataset, found[0], npy, facts)
-    images = stored(npy, facts, device, reserve)
-    return Dataset(dataset, "official", f"official images, from {npy}", images, facts, device)
+    else:
+        if dataset == "celeba":
+            facts = celeba_facts(folder, facts)
+        if found[0] != npy:
+            convert(dataset, found[0], npy, facts)
+        source, images = "official", stored(npy, facts, device, reserve)
+        note = f"images from {npy}"
+    if vary:
+        images, facts = hold_others(vary.split(","), images, facts)
+    return Dataset(dataset, source, note, images, facts, device)
+
+
+def hold_others(vary, images, facts):
+    """Images and facts of the part of a grid in which only the factors named in `vary` change."""
+    factors = dict(facts["factors"])
+    if "labels" in facts or set(vary) - set(factors):
+        raise UserError(f"cannot vary {', '.join(vary)}: expected factors of a grid, found "
+                        f"{'a table' if 'labels' in facts else 'the grid'} of {list(factors)}")
+    kept = torch.arange(facts["images"]).view(*factors.values())  # an axis per factor
+    for axis, (name, size) in enumerate(facts["factors"].items()):
+        if name not in vary:
+            kept = kept.narrow(axis, size // 2, 1)
+            del factors[name]
+    kept = kept.flatten()
+    return lambda idx: images(kept.to(idx.device)[idx]), dict(images=len(kept), factors=factors)
 
 
 class Dataset:
@@ -104,38 +130,42 @@ class Dataset:
     """
 
     def __init__(self, name, source, source_note, images, facts, device):
-        self.name, self.source, self.source_note = name, source, source_note
+        self.name, self.source, self.source_note, self.device = name, source, source_note, device
         self.factor_names = list(facts["factors"])
         self.factor_sizes = list(facts["factors"].values())
         self.is_grid = "labels" not in facts
-        self.device = device
         self._images, self._facts = images, facts
 
     def __len__(self):
         return self._facts["images"]
 
-    def _check(self, idx):
-        # CPU indices only: to look at a GPU's, the CPU would have to wait for it at every batch.
-        if idx.device.type == "cpu" and ((idx < 0) | (idx >= len(self))).any():
-            raise IndexError(f"{self.name} has images 0 to {len(self) - 1}")
+    def _check(self, numbers, sizes):
+        # On the CPU only: to look at a GPU's, the CPU would have to wait for it at every batch.
+        if numbers.device.type == "cpu":
+            if ((numbers < 0) | (numbers >= torch.tensor(sizes))).any():
+                raise IndexError(f"{self.name}: expected whole numbers from 0 and below {sizes}")
 
     def images(self, idx):
         """idx int64 (B,), on any device -> uint8 (B, 3, 64, 64). IndexError: no such image."""
-        self._check(idx)
+        self._check(idx, len(self))
         return self._images(idx)
 
     def factors(self, idx):
         """idx int64 (B,) -> int64 (B, F), the value of every factor. IndexError: no such image."""
-        self._check(idx)
-        idx = idx.to(self.device)
+        self._check(idx, len(self))
         if self.is_grid:
-            return torch.stack(torch.unravel_index(idx, self.factor_sizes), 1)  # (B, F)
-        return self._facts["labels"][idx].long()  # (B, F)
+            digits = torch.unravel_index(idx.to(self.device), self.factor_sizes)
+            return torch.stack(digits, 1)  # (B, F)
+        return self._facts["labels"][idx.cpu()].to(self.device)  # (B, F)
 
     def index(self, factors):
-        """factors int64 (B, F) -> idx int64 (B,), the inverse of factors(). UserError: no grid."""
+        """factors int64 (B, F) -> idx int64 (B,), the inverse of factors(). UserError: no grid.
+
+        IndexError: no such value.
+        """
         if not self.is_grid:
             raise UserError(f"{self.name} is not a grid: no image can be looked up by its factors")
+        self._check(factors, self.factor_sizes)
         idx = 0
         for digit, size in zip(factors.to(self.device).T, self.factor_sizes):
             idx = idx * size + digit  # (B,)
@@ -151,7 +181,8 @@ class Dataset:
 #
 # Points and directions are tensors (3, n), or (3, 1) for a single one: x right, y away from the
 # camera at orientation 7, z up, floor at z = 0, object on the z axis, camera 2.5 from that axis.
-# All numbers were fitted to real frames. Wall and floor patterns are left out (0.1 dB).
+# The numbers were fitted to frames of the original. Its faint patterns on floor and walls are left
+# out; they change a pixel by about 1 of 255 levels.
 
 
 def vector(x, y, z):
@@ -179,11 +210,11 @@ def rendered(device):
     maps, palette = weight_maps().to(device, torch.float32), PALETTE.to(device)
 
     def draw(idx):
-        hues, sky = idx // len(maps), torch.full_like(idx, 10)  # hues: three digits
-        rows = [hues // HUES ** 2, hues // HUES % HUES, hues % HUES, sky, sky + 1]  # of the palette
-        colours = palette[torch.stack(rows, 1)].mT  # (B, 3, 5)
+        *hues, case = torch.unravel_index(idx, (HUES, HUES, HUES, len(maps)))
+        sky = torch.full_like(idx, HUES)
+        colours = palette[torch.stack([*hues, sky, sky + 1], 1)].mT  # (B, 3, 5)
         # (B, 3, 5) @ (B, 5, 4096) = (B, 3, 4096)
-        pixels = colours @ maps.index_select(0, idx % len(maps))
+        pixels = colours @ maps[case]
         # Clipped only now, after shrinking, like the original: it keeps the ringing at sharp edges.
         return pixels.round_().clamp_(0, 255).byte().view(-1, 3, SIZE, SIZE)  # (B, 3, 64, 64)
 
@@ -197,8 +228,6 @@ def weight_maps():
 
     Drawn on the CPU, where a sample on an edge always falls on the same side.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two gain nothing on arrays this small
     # The Lanczos filter shrinks one side of a picture; d is in output pixels.
     d = (torch.arange(SIDE) - (3 * torch.arange(SIZE)[:, None] + 1)) / 3  # (64, 192)
     shrink = torch.where(d.abs() < 3, torch.sinc(d) * torch.sinc(d / 3), 0.0)
@@ -212,7 +241,6 @@ def weight_maps():
                 picture = draw_object(room, points, *view, shape, 0.75 + 0.5 * scale / 7)
                 picture = picture.view(5, SIDE, SIDE)  # (5, 192, 192)
                 maps[scale, k, orientation] = shrink @ picture @ shrink.T  # (5, 64, 64)
-    torch.set_num_threads(threads)
     return maps.view(-1, 5, SIZE * SIZE).half()  # (480, 5, 4096)
 
 
@@ -222,8 +250,9 @@ def camera(orientation):
     There is a ray for each of the n = 192 * 192 samples: a sample sees a point eye + depth * ray.
     """
     t = (orientation - 7) / 7 * math.radians(30)
-    eye = vector(2.5 * math.sin(t), -2.5 * math.cos(t), 0.75)
-    forward, right = vector(-math.sin(t), math.cos(t), 0), vector(math.cos(t), math.sin(t), 0)
+    sin, cos = math.sin(t), math.cos(t)
+    eye = vector(2.5 * sin, -2.5 * cos, 0.75)
+    forward, right = vector(-sin, cos, 0), vector(cos, sin, 0)
     offset = (torch.arange(SIDE) + 0.5 - SIDE / 2) / 3 / FOCAL  # (192,) of the samples' centres
     v, u = torch.meshgrid(offset, offset, indexing="ij")  # (192, 192): down, and to the right
     return eye, forward, forward + u.reshape(1, -1) * right - v.reshape(1, -1) * UP
@@ -333,8 +362,9 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line and exit code 2; --help shows every default."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)  # or --see would pass for --seed
+        # allow_abbrev: or --see would pass for --seed
+        super().__init__(allow_abbrev=False, **kwargs,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -365,64 +395,68 @@ def replacing(path):
     try:
         yield temporary  # close the file in the block: Windows renames no open one
         os.replace(temporary, path)  # atomic: a reader finds the old file or the whole new one
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); what was there before "
+                        "stays; make room, or choose a folder that can be written to") from error
     finally:
         temporary.unlink(missing_ok=True)  # after the rename there is nothing left to delete
 
 
 def image_grid(images, row_labels=None, col_labels=None, title=None, scale=1):
     """Draw uint8 images (R, C, 3, H, W) as a PIL.Image, every pixel `scale` wide, with labels."""
-    tiles = torch.as_tensor(images).cpu().repeat_interleave(scale, 3).repeat_interleave(scale, 4)
-    R, C, _, H, W = tiles.shape  # (R, C, 3, scale H, scale W)
-    rows, cols, title = list(row_labels or []), list(col_labels or []), title or ""
+    pixels = torch.as_tensor(images).cpu().movedim(2, -1).numpy()  # (R, C, H, W, 3)
+    pixels = pixels.repeat(scale, 2).repeat(scale, 3)
+    R, C, H, W, _ = pixels.shape
+    rows, cols, title = row_labels or [], col_labels or [], title or ""
     font = ImageFont.load_default(size=13)
 
-    def width(text):
-        return math.ceil(font.getlength(str(text))) + 8
+    def width(label):
+        return math.ceil(font.getlength(str(label))) + 8
 
     left = max(map(width, rows), default=0)
     top = 18 * (bool(title) + bool(cols))  # lines of 18 pixels
     across, down = max([W, *map(width, cols)]) + 2, H + 2
-    cells = torch.nn.functional.pad(tiles, (0, across - W, 0, 2), value=255)
-    cells = cells.permute(0, 3, 1, 4, 2).reshape(R * down, C * across, 3)
     wide = max(left + C * across, width(title))
     sheet = Image.new("RGB", (wide, top + R * down), "white")
-    sheet.paste(Image.fromarray(cells.numpy()), (left, top))
-    write = ImageDraw.Draw(sheet).text
-    write((4, 9), title, "black", font, "lm")  # the place of the text's left end, at half height
-    for c, text in enumerate(cols):
-        write((left + c * across + W / 2, top - 9), str(text), "black", font, "mm")
-    for r, text in enumerate(rows):
-        write((left - 4, top + r * down + H / 2), str(text), "black", font, "rm")
+    for r, c in np.ndindex(R, C):
+        sheet.paste(Image.fromarray(pixels[r, c]), (left + c * across, top + r * down))
+    # Of each text: which point of it (left, middle or right, at half height) lies where.
+    texts = [(title, "lm", 4, 9)]
+    texts += [(col, "mm", left + c * across + W / 2, top - 9) for c, col in enumerate(cols)]
+    texts += [(row, "rm", left - 4, top + r * down + H / 2) for r, row in enumerate(rows)]
+    for text, anchor, x, y in texts:
+        ImageDraw.Draw(sheet).text((x, y), str(text), "black", font, anchor)
     return sheet
 
 
 def sample_grid(ds, columns=15):
     """A PIL.Image with a row per factor: it takes its values from left to right, the others stay.
 
-    Where images are no grid, a row shows some that have the attribute.
+    Where images are no grid: four rows of them, from all over the dataset.
     """
-    start = ds.factors(torch.tensor([len(ds) * 3 // 7]))  # (1, F) of just any image
+    title = f"{ds.name}, {ds.source}"
+    if not ds.is_grid:
+        idx = torch.arange(4 * columns) * len(ds) // (4 * columns)
+        return image_grid(ds.images(idx).unflatten(0, (4, columns)), title=title)
     rows = []
     for f, size in enumerate(ds.factor_sizes):
-        if ds.is_grid:
-            factors = start.repeat(columns, 1)  # (columns, F)
-            factors[:, f] = torch.arange(columns) * size // columns
-            idx = ds.index(factors)
-        else:
-            idx = ds.factors(torch.arange(len(ds)))[:, f].argsort(descending=True)[:columns]
-        rows.append(ds.images(idx))
-    return image_grid(torch.stack(rows), ds.factor_names, title=f"{ds.name}, {ds.source}")
+        # (columns, F) of just any image
+        factors = ds.factors(torch.tensor([len(ds) * 3 // 7])).repeat(columns, 1)
+        factors[:, f] = torch.arange(columns) * size // columns
+        rows.append(ds.images(ds.index(factors)))
+    return image_grid(torch.stack(rows), ds.factor_names, title=title)
 
 
 def main():
     """Print what a dataset holds, and draw its sample grid."""
     p = Parser(description="Say what a dataset holds, and draw a grid with a row per factor.")
     p.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
-    p.add_argument("--data_dir", default="data", help="folder with the official files")
+    p.add_argument("--data_dir", default="data", help="folder with the files or pictures")
     p.add_argument("--source", default="auto", help="auto, official or rendered")
+    p.add_argument("--vary", default="", help="hold all factors but these: NAME,NAME,...")
     p.add_argument("--out", help="picture to write; None means out/data-DATASET.png")
     args = p.parse_args()
-    ds = load(args.dataset, args.data_dir, args.source)
+    ds = load(args.dataset, args.data_dir, args.source, vary=args.vary)
     print(ds.source_note)
     print(f"{ds.name}: {len(ds):,} images, {ds.source}")
     print("factors:", dict(zip(ds.factor_names, ds.factor_sizes)))
@@ -432,6 +466,97 @@ def main():
     print(f"wrote {out}")
 
 
+# ---- Pictures in a folder: your own, and CelebA --------------------------------------------------
+
+
+def own_pictures(folder, facts):
+    """Facts of the PNG and JPEG files directly in a folder, and of labels.csv if it is there.
+
+    Without labels.csv the dataset is all pictures in the order of their names, without factors.
+    With it, it is the pictures that the table names: a grid if each combination of the factors'
+    values occurs exactly once, else a table.
+    """
+    files = [path for path in sorted(folder.glob("[!.]*"))  # but hidden ones
+             if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    pictures = [path.name for path in files]
+    names, rows, table = [], dict.fromkeys(pictures, ()), folder / "labels.csv"
+    if table.exists():
+        files.append(table)
+        with readable(table, "write a header, file,NAME,NAME,..., and below it a row for each "
+                             "picture: its name, then whole numbers"):
+            names, rows = read_table(table)
+            expect("names of no picture", sorted(rows.keys() - set(pictures))[:3], [])
+    if len(rows) < 2:
+        raise UserError(f"{folder}: found {len(rows)} pictures, expected 2 or more, .png, .jpg or "
+                        ".jpeg, directly in it")
+    # When a file comes, goes or changes, so does this part of the .npy file's name.
+    stamp = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+    return facts | table_facts(names, rows) | dict(stamp=f"-{zlib.crc32(stamp.encode()):08x}")
+
+
+def celeba_facts(folder, facts):
+    """Facts of list_attr_celeba.csv or .txt."""
+    table = folder / "list_attr_celeba.csv"
+    if not table.exists():
+        table = table.with_suffix(".txt")
+    with readable(table, facts["advice"]):
+        names, rows = read_table(table)
+        expect("images", len(rows), facts["images"])
+        expect("attribute values", set().union(*rows.values()), {-1, 1})
+    return facts | table_facts(names, rows)
+
+
+def read_table(path):
+    """A table of pictures -> the names of its F columns, and {file: F whole numbers}."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()  # sig: a mark of Windows
+    if len(lines) < 2:
+        raise ValueError("no rows below a header")
+    if path.suffix == ".csv":
+        head, *table = [line.split(",") for line in lines if line]
+        names = head[1:]
+    else:  # CelebA's: the number of rows, the names, and the rows, with spaces between
+        _, names, *table = [line.split() for line in lines]
+    expect("different names of columns", len(set(names)), len(names))
+    rows = {}
+    for file, *numbers in table:
+        expect(f"numbers for {file}", len(numbers), len(names))
+        if file in rows:
+            raise ValueError(f"two rows for {file}")
+        rows[file] = tuple(map(int, numbers))
+    return names, rows
+
+
+def table_facts(names, rows):
+    """Facts of pictures {file: F numbers}: each column's values become 0 .. size - 1."""
+    labels = torch.tensor(list(rows.values()), dtype=torch.int64)  # (images, F)
+    for column in labels.T:
+        column[:] = column.unique(return_inverse=True)[1]
+    sizes = (labels.amax(0) + 1).tolist()
+    facts = dict(images=len(rows), factors=dict(zip(names, sizes)))
+    if len(set(rows.values())) == len(rows) == math.prod(sizes):
+        return facts | dict(names=sorted(rows, key=rows.get))  # row-major: a grid
+    return facts | dict(names=list(rows), labels=labels)
+
+
+def read_pictures(path, facts):
+    """The pictures facts["names"], in this order, of a folder or of CelebA's .zip."""
+    if path.is_file():
+        path = zipfile.Path(path, "img_align_celeba/")
+        expect("a folder img_align_celeba in it", path.exists(), True)
+    for name in facts["names"]:
+        with readable(path / name, facts["advice"]), (path / name).open("rb") as file:
+            photo = Image.open(file, formats=["JPEG", "PNG"])
+            expect("size", photo.size, facts.get("size", photo.size))
+            # Paper: CelebA is "resized", with no word on a crop. Some cut to the middle 148; the
+            # full width keeps hair and hats.
+            yield shrink(ImageOps.exif_transpose(photo).convert("RGB"))
+
+
+def shrink(photo):
+    """A PIL.Image, cropped to its central square -> uint8 (64, 64, 3)."""
+    return np.asarray(ImageOps.fit(photo, (SIZE, SIZE), Image.LANCZOS))
+
+
 # ---- The official files: SKIP THIS AT FIRST READING ---------------------------------------------
 # Each reader checks a file and yields its images, uint8 (64, 64, 3), in index order. convert()
 # writes them ONCE to a plain .npy file, which is then memory-mapped: a batch reads only its own
@@ -439,23 +564,19 @@ def main():
 
 SHAPE = (SIZE, SIZE, 3)
 # How file libraries report damage. Any other exception is a bug of ours and keeps its traceback.
-DAMAGE = (OSError, EOFError, LookupError, MemoryError, RuntimeError, ValueError,
-          tokenize.TokenError, zlib.error, zipfile.BadZipFile, tarfile.TarError)
+DAMAGE = (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, ValueError,
+          Image.DecompressionBombError, tarfile.TarError, tokenize.TokenError,
+          zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager
 def readable(path, advice, *more):
-    """Turn trouble while reading `path` into one line: the system's reason, or what is damaged."""
+    """Turn trouble while reading `path` into one line: what was found, and what mends it."""
     try:
         yield
     except (*DAMAGE, *more) as error:
-        code = getattr(error, "errno", None)
-        # These are damage: a picture is missing, or a broken number tells zipfile where to go.
-        if code not in (None, errno.ENOENT, errno.EINVAL):
-            raise UserError(f"cannot read {path}: {os.strerror(code)}") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: {reason}; if it is damaged or not the official file, "
-                        f"remove it and {advice}") from error
+        reason = " ".join(str(error).split()).split(" <")[0] or type(error).__name__
+        raise UserError(f"{path}: {reason} (if it is damaged: {advice})") from error
 
 
 def expect(what, found, expected):
@@ -464,40 +585,40 @@ def expect(what, found, expected):
         raise ValueError(f"{what}: found {found}, expected {expected}")
 
 
+def expect_images(shape, dtype, facts):
+    """ValueError, for readable(), unless this is an array of all images."""
+    expect("images", (*shape, str(dtype)), (facts["images"], *SHAPE, "uint8"))
+
+
 def convert(dataset, path, npy, facts):
-    """Write the official images at `path` to the file `npy`, or nothing at all."""
-    header = dict(descr="|u1", fortran_order=False, shape=(facts["images"], *SHAPE))
-    print(f"converting {path.name}, once", file=sys.stderr)
-    try:
-        # A killed run leaves its large temporary file. Unchanged for an hour, it is such a one.
-        for left in npy.parent.glob(f".*-{npy.name}"):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
-        with replacing(npy) as temporary, open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            images = checked(READERS[dataset](path, facts), path, facts)
-            for image in tqdm(images, total=facts["images"], disable=None):  # None: on a terminal
-                file.write(image.tobytes())
-    except OSError as error:  # of writing: those of reading have become UserErrors
-        advice = f"make room there for {facts['images'] * math.prod(SHAPE) / 1e9:.1f} GB"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = f"name a folder that can be, with --data_dir, and link {path.name} there"
-        raise UserError(f"{npy} cannot be written ({error.strerror}): {advice}") from error
+    """Write the images at `path` to the file `npy`, or nothing at all."""
+    shape = (facts["images"], *SHAPE)
+    print(f"converting {path}, once", file=sys.stderr)
 
+    def images():
+        with readable(path, facts["advice"]):
+            yield from READERS[dataset](path, facts)
 
-def checked(images, path, facts):
-    """The same images; UserError for trouble with reading them."""
-    with readable(path, facts["advice"]):
-        yield from images
+    for old in npy.parent.glob(f"{dataset}-64x64-*.npy"):  # of a folder before it changed
+        old.unlink()
+    # A killed run leaves its large temporary file. Unchanged for an hour, it is such a one.
+    for left in npy.parent.glob(f".*-{dataset}-64x64*.npy"):
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink()
+    with replacing(npy) as temporary, open(temporary, "wb") as file:
+        header = dict(descr="|u1", fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in tqdm(images(), total=facts["images"], disable=None):  # None: on a terminal
+            file.write(image.tobytes())
 
 
 def stored(npy, facts, device, reserve):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file."""
-    with readable(npy, "run this again"), warnings.catch_warnings():
+    with readable(npy, "remove it and run this again"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns that the file cannot be written to: fine
-        pixels = torch.from_numpy(np.load(npy, mmap_mode="r"))  # (images, 64, 64, 3), on disk
-        found = (*pixels.shape, pixels.dtype)
-        expect("images", found, (facts["images"], *SHAPE, torch.uint8))
+        array = np.load(npy, mmap_mode="r")  # (images, 64, 64, 3), on disk
+        expect_images(array.shape, array.dtype, facts)
+        pixels = torch.from_numpy(array)
     if device.type == "cuda" and fits(pixels.nbytes, device, reserve):
         pixels = pixels.to(device)
 
@@ -519,13 +640,11 @@ def read_shapes3d(path, facts):
     import h5py  # here and not above: nothing else needs it
     with h5py.File(path, "r", locking=False) as file:  # others may have it open
         images, labels = file["images"], file["labels"][:]
-        found = (*images.shape, images.dtype.name)
-        expect("images", found, (facts["images"], *SHAPE, "uint8"))
+        expect_images(images.shape, images.dtype, facts)
         # Published libraries have had the factor order wrong. So turn each column of values (0.75
         # ... 1.25) into value indices (0 ... 7), and compare all with Dataset.factors().
         found = [np.unique(column, return_inverse=True)[1] for column in labels.T]
-        sizes = tuple(facts["factors"].values())
-        grid = np.unravel_index(np.arange(len(images)), sizes)  # (F, images)
+        grid = np.unravel_index(np.arange(len(images)), tuple(facts["factors"].values()))
         expect("labels in row-major order of the factors", np.array_equal(found, grid), True)
         for start in range(0, len(images), 1024):  # packed in chunks, so not one by one
             yield from images[start:start + 1024]
@@ -535,21 +654,19 @@ def read_cars3d(path, facts):
     """One .mat file per car: key im, uint8 (128, 128, 3, 24 azimuths, 4 elevations)."""
     import scipy.io  # slow to import, like h5py
     elevations, azimuths, types = facts["factors"].values()
-    cars = {}  # file name -> its views, uint8 (64, 64, 3)
+    cars = {}  # file name -> its 96 views, uint8 (64, 64, 3)
     for name, file in car_files(path):
         with readable(f"{path}/{name}", facts["advice"], TypeError, scipy.io.matlab.MatReadError):
             im = scipy.io.loadmat(file)["im"]
             expected = (128, 128, 3, azimuths, elevations, "uint8")
-            expect("im", (*im.shape, im.dtype.name), expected)
+            expect("im", (*im.shape, str(im.dtype)), expected)
         views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)
-        cars[name] = [np.asarray(Image.fromarray(view).resize((SIZE, SIZE), Image.LANCZOS))
-                      for view in views]
+        cars[name] = [shrink(Image.fromarray(view)) for view in views]
     expect("files cars/car_*.mat", len(cars), types)
     # Row-major in (elevation, azimuth, object type): the car changes fastest. Which car is number 0
     # is only a name: disentanglement_lib takes the order of the folder on disk, we sort.
-    for view in range(elevations * azimuths):
-        for name in sorted(cars):
-            yield cars[name][view]
+    for views in zip(*[cars[name] for name in sorted(cars)]):
+        yield from views
 
 
 def car_files(path):
@@ -570,55 +687,15 @@ def read_mpi3d_toy(path, facts):
     with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         np.lib.format.read_magic(file)  # the first 8 bytes
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        expected = (facts["images"], *SHAPE, "uint8", False)
-        expect("images", (*shape, dtype.name, fortran_order), expected)
+        expect_images(shape, dtype, facts)
+        expect("Fortran order", fortran_order, False)
         for _ in range(facts["images"]):
             yield np.frombuffer(file.read(math.prod(SHAPE)), np.uint8).reshape(SHAPE)
         expect("bytes after the last image", len(file.read(1)), 0)  # makes zip check its checksum
 
 
-def read_celeba(path, facts):
-    """A folder or .zip of .jpg files, yielded in the order of the attribute list."""
-    folder = path
-    if path.is_file():
-        folder = zipfile.Path(path, "img_align_celeba/")
-        found = [entry.name for entry in folder.parent.iterdir()]
-        expect("first entry", found[:1], ["img_align_celeba"])
-    for name in facts["names"]:
-        with readable(folder / name, facts["advice"]):
-            packed = (folder / name).read_bytes()
-            try:
-                photo = Image.open(io.BytesIO(packed), formats=["JPEG"])
-            except UnidentifiedImageError:  # its own text shows a BytesIO
-                raise ValueError(f"begins with {packed[:4]}, expected a JPEG file") from None
-            expect("size", photo.size, (178, 218))
-            # Paper: "resized", with no word on a crop. Some cut to the middle 148; the full width
-            # keeps hair and hats.
-            face = ImageOps.fit(photo.convert("RGB"), (SIZE, SIZE), Image.LANCZOS)
-        yield np.asarray(face)
-
-
-def read_celeba_attributes(data_dir, facts, device):
-    """list_attr_celeba.csv or .txt -> names of files, factors, labels bool (images, F)."""
-    path = data_dir / "list_attr_celeba.csv"
-    if not path.exists():
-        path = data_dir / "list_attr_celeba.txt"
-    with readable(path, facts["advice"]):
-        text = path.read_text(encoding="utf-8-sig").replace(",", " ")  # sig: a mark of Windows
-        # More than one word: the .txt begins with a count, which is not needed.
-        head, *rows = [line for line in text.splitlines() if len(line.split()) > 1]
-        attributes = head.removeprefix("image_id").split()  # the .csv names this column too
-        expect("images", len(rows), facts["images"])
-        expect("words in a row", len(rows[0].split()), 1 + len(attributes))
-        columns = range(1, 1 + len(attributes))
-        labels = np.loadtxt(rows, dtype=np.int8, usecols=columns, ndmin=2)  # (images, F)
-        expect("attribute values", np.unique(labels).tolist(), [-1, 1])
-    return dict(names=[row.split()[0] for row in rows], factors=dict.fromkeys(attributes, 2),
-                labels=torch.from_numpy(labels > 0).to(device))
-
-
 READERS = {"shapes3d": read_shapes3d, "cars3d": read_cars3d, "mpi3d_toy": read_mpi3d_toy,
-           "celeba": read_celeba}
+           "celeba": read_pictures, "folder": read_pictures}
 
 if __name__ == "__main__":
     run(main)

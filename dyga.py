@@ -43,7 +43,7 @@ class DyGA(nn.Module):
         self,
         n_units,  # N, 1 or more
         dim=32,  # D, how many numbers a unit has, 2 or more
-        k_init=8,  # 1 to k_max: anchors a unit starts with in every fit (released settings: 8)
+        k_init=8,  # 1 or more: anchors a unit starts with in every fit (released settings: 8)
         k_max=32,  # 1 or more: anchors a unit has at most (released settings: 32)
         max_iter=30,  # 1 or more: EM iterations of one run at most (released settings: 30)
         lam=0.1,  # 0 to 1: lambda of equation 6, the largest step to the anchor; 0: no alignment
@@ -59,11 +59,11 @@ class DyGA(nn.Module):
         tol=1e-4,  # 0 or more: EM ends when the mean log-likelihood rises by no more than this
     ):
         super().__init__()
-        least = min(dim - 1, k_init, k_max - k_init + 1, max_iter, d_max)
+        least = min(dim - 1, k_init, k_max, max_iter, d_max)
         if accept not in ("always", "bic") or least < 1:
             raise ValueError(f"{accept=} {dim=} {k_init=} {k_max=} {max_iter=} {d_max=}; expected "
-                             "always or bic, 2 <= dim, 1 <= k_init <= k_max, the others >= 1")
-        self.k_init = k_init
+                             "always or bic, 2 <= dim, the others >= 1")
+        self.k_init = min(k_init, k_max)
         self.k_max = k_max
         self.max_iter = max_iter
         self.lam = lam

@@ -54,21 +54,14 @@ class Extractor(nn.Module):
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
                  fsq_levels=(), noisy=False):
         super().__init__()
-        self.shrink, self.unit_relu = shrink, unit_relu
+        self.shrink = shrink
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
         # first fully connected layer takes 4096 = 256 x 4 x 4 numbers, so 64 pixels are halved
         # four times: kernel 4, stride 2, padding 1. The parameter count agrees (23.570M).
-        layers = [
-            nn.Conv2d(3, channels[0], 7, padding=3),
-            nn.BatchNorm2d(channels[0]),
-            nn.ReLU(),
-        ]
+        layers = [nn.Conv2d(3, channels[0], 7, padding=3), nn.BatchNorm2d(channels[0]), nn.ReLU()]
         for c_in, c_out in zip(channels[:-1], channels[1:]):
-            layers += [
-                nn.Conv2d(c_in, c_out, 4, stride=2, padding=1),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-            ]
+            halve = nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)
+            layers += [halve, nn.BatchNorm2d(c_out), nn.ReLU()]
         self.cnn = nn.Sequential(*layers)
 
         side = 64 // shrink // 2 ** (len(channels) - 1)  # of the last feature map, in pixels
@@ -79,9 +72,10 @@ class Extractor(nn.Module):
         self.to_scalars = nn.Sequential(*dense, nn.Linear(widths[-1], n_units))
 
         widths = [1, *unit_hidden, unit_dim]
-        self.unit_mlp = nn.ModuleList()
+        layers = []
         for d_in, d_out in zip(widths[:-1], widths[1:]):
-            self.unit_mlp.append(UnitLinear(n_units, d_in, d_out))
+            layers += [UnitLinear(n_units, d_in, d_out), nn.ReLU()]
+        self.unit_mlp = nn.Sequential(*layers if unit_relu else layers[:-1])
         self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
         if noisy:  # a tenth, so that sigma moves ten times as fast as other weights do
             self.log_sigma_tenth = nn.Parameter(torch.full((n_units,), -0.23))  # sigma = 0.1
@@ -108,13 +102,8 @@ class Extractor(nn.Module):
 
     def expand(self, s):
         """Scalars s (B, N) -> units c (B, N, D), each through its private MLP."""
-        h = s.t().unsqueeze(-1)  # (N, B, 1)
-        for layer in self.unit_mlp[:-1]:
-            h = F.relu(layer(h))  # (N, B, width)
-        h = self.unit_mlp[-1](h)  # (N, B, D)
-        if self.unit_relu:
-            h = F.relu(h)
-        return self.fsq(h.transpose(0, 1))  # (B, N, D)
+        c = self.unit_mlp(s.t().unsqueeze(-1))  # (N, B, 1) -> (N, B, D)
+        return self.fsq(c.transpose(0, 1))  # (B, N, D)
 
     def forward(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> units c (B, N, D)."""
@@ -147,16 +136,12 @@ def main():
     """Walk two images through the paper-size extractor and print what each step makes of them."""
     net = Extractor()
     x = torch.randn(2, 3, 64, 64)
-    print(f"images       {tuple(x.shape)}")
-    for layer in net.cnn:
-        x = layer(x)
-        if isinstance(layer, nn.Conv2d):
-            print(f"convolution  {tuple(x.shape)}")
-    s = net.to_scalars(x.flatten(1))
-    print(f"scalars      {tuple(s.shape)}   one number per unit")
-    print(f"units c      {tuple(net.expand(s).shape)}   the set that the U-Net cross-attends to")
-    count = sum(p.numel() for p in net.parameters())
-    print(f"parameters   {count / 1e6:.3f}M   (Table 9: 23.570M)")
+    s = net.scalars(x)
+    print(f"images      {list(x.shape)}")
+    print(f"feature map {list(net.cnn(x).shape)}")
+    print(f"scalars     {list(s.shape)}, one number per unit")
+    print(f"units c     {list(net.expand(s).shape)}, the set that the U-Net cross-attends to")
+    print(f"parameters  {sum(p.numel() for p in net.parameters()):,}; Table 9: 23.570M")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def norm_silu(channels, group_channels):
     would normalise every channel by itself, and with its mean goes the very thing that tells a red
     wall from a blue one. So a group has at least `group_channels` channels here.
     """
-    groups = math.gcd(32, channels // group_channels)
+    groups = math.gcd(32, channels, channels // group_channels)
     return nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU())
 
 
@@ -184,7 +184,8 @@ class VQGAN(nn.Module):
                  codebook_size=2048, patch=1, group_channels=8):
         super().__init__()
         self.z_channels = z_channels
-        self.factor = patch * 2 ** (len(multipliers) - 1)  # f: pixels per latent position
+        side = 64 // patch // 2 ** (len(multipliers) - 1)
+        self.latent_shape = (z_channels, side, side)  # of a 64x64 image
         widths = [channels * m for m in multipliers]
         g = group_channels
 
@@ -230,7 +231,7 @@ class VQGAN(nn.Module):
 
         # Diffusion assumes data of about unit variance. Latents are divided by this one number,
         # their standard deviation over images, positions and channels (LDM's scale_by_std). It is
-        # measured once, at the end of stage 1; until then it is 1.
+        # measured once, by finish(); until then it is 1.
         self.register_buffer("latent_std", torch.ones(()))
 
     @torch.no_grad()
@@ -247,6 +248,14 @@ class VQGAN(nn.Module):
     def reconstruct(self, images):
         """There and back: uint8 (B, 3, H, W) -> same. The best that a sample can look."""
         return self.decode(self.encode(images))
+
+    def finish(self, images):
+        """End stage 1: measure latent_std on images uint8 (n, 3, H, W) -> their PSNR in dB."""
+        self.eval()
+        z = torch.cat([self.encode(x) for x in images.split(128)])  # (n, Z, h, w)
+        self.latent_std.copy_(z.std())
+        drawn = torch.cat([self.reconstruct(x) for x in images.split(128)])  # (n, 3, H, W)
+        return psnr(images, drawn)
 
 
 class PatchDiscriminator(nn.Module):

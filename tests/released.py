@@ -85,11 +85,12 @@ def places():
     found |= {f"vqgan.decoder.{i}": STAGE1 + name for i, name in enumerate(decoder)}
     return found | {f"unet.down.{i}": f"{UNET}input_blocks.{i + 1}" for i in range(11)}
 
+
 def their_names(name, n_units):
     """The name of a tensor of ours -> those of the tensors in their file that it is made of."""
-    if name.startswith("extractor.unit_mlp."):  # a small network per unit; odd layers are ReLUs
-        _, _, layer, kind = name.split(".")
-        return [f"{UNITS}mlps.{u}.layers.{2 * int(layer)}.{kind}" for u in range(n_units)]
+    if name.startswith("extractor.unit_mlp."):  # a small network per unit
+        layer = name.removeprefix("extractor.unit_mlp.")
+        return [f"{UNITS}mlps.{u}.layers.{layer}" for u in range(n_units)]
     found = places()
     place = max((ours for ours in found if f"{name}.".startswith(f"{ours}.")), key=len)
     names = [found[place] + name.removeprefix(place)]
@@ -132,8 +133,9 @@ def convert(path, dataset):
     for name in weights:
         if name.startswith((UNITS, STAGE1, UNET)) and name not in used:
             raise data.UserError(f"{path}: {name} has no place in the networks of dis-dis")
+    cfg |= {"dataset": dataset, "source": "auto"}
     return {"format": train.FORMAT, "stage": 2, "config": cfg, "model": state, "average": state,
-            "dataset": {"name": dataset, "source": "auto"}, "images_seen": None, "minutes": None}
+            "seen": None, "minutes": None}
 
 
 def main():

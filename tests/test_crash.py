@@ -31,7 +31,7 @@ import resource  # noqa: E402  (Windows has none either)
 SMALL = ["--dataset", "shapes3d", "--preset", "tiny", "--device", "cpu", "--fit_images", "100",
          "--ddim_steps", "1", "--dyga.k_max", "8", "--dyga.max_iter", "3"]
 # Three steps of stage 1, four of stage 2, a fit after every second one.
-SHORT = [*SMALL, "--stage1.images", "48", "--images", "128", "--epoch_images", "64"]
+SHORT = [*SMALL, "--stage1.images", "48", "--images", "128", "--pool_images", "64"]
 
 
 def start(out, *flags, prepare=lambda: None, **environment):
@@ -96,13 +96,13 @@ def flat(value, name=""):
     if isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, part in items for k, v in flat(part, f"{name}/{key}").items()}
-    return {} if name in ("/minutes", "/stage1_minutes", "/log_bytes") else {name: value}
+    clock = ("/minutes", "/log_bytes", "/config/out", "/config/resume")
+    return {} if name in clock else {name: value}
 
 
 def rows(out):
     found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clock = ("minutes", "images_per_s")
-    return [{k: v for k, v in row.items() if k not in clock} for row in found]
+    return [{k: v for k, v in row.items() if k != "minutes"} for row in found]
 
 
 def assert_same_end(a, b):
@@ -135,15 +135,11 @@ def die_in_a_fit():
 
 
 def die_writing_a_checkpoint():
-    def half(state, file):
-        whole = io.BytesIO()
-        save(state, whole)
-        file.write(whole.getvalue()[:whole.tell() // 2])
-        file.flush()
+    def half(descriptor):
+        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
         die()
 
-    save = torch.save
-    at_call(torch, "save", 6, half)
+    at_call(os, "fsync", 6, half)
 
 
 def die_writing_the_log():
@@ -202,9 +198,10 @@ def test_a_signal_makes_the_run_save_say_how_to_resume_and_leave(
     out = tmp_path / "run"
     prepare = signalled(number, owner, name, call)
     assert end(start(out, *SHORT, prepare=prepare)) == 130
-    assert f"stopped by {number.name}; go on with the same command and --resume" in said(out)
+    words = f"stopped by signal {int(number)}; go on with the same command and --resume"
+    assert words in said(out)
     kept = train.read_checkpoint(out / "ckpt.pt")
-    assert (kept["stage"], kept["images_seen"]) == (2, seen)
+    assert (kept["stage"], kept["seen"][2]) == (2, seen)
     assert end(start(out, *SHORT, "--resume")) == 0, said(out)
     assert_same_end(whole, out)
 
@@ -217,7 +214,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before_i
     save, out = torch.save, tmp_path / "run"
     assert end(start(out, *SHORT, prepare=lambda: at_call(torch, "save", 6, no_room))) == 2
     assert "cannot be written" in error(out) and "File too large" in error(out)
-    assert train.read_checkpoint(out / "ckpt.pt")["images_seen"] == 32
+    assert train.read_checkpoint(out / "ckpt.pt")["seen"][2] == 32
     assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl"}
     assert end(start(out, *SHORT, "--resume")) == 0, said(out)
     assert_same_end(whole, out)
@@ -294,7 +291,7 @@ def test_files_cut_short_foreign_or_of_another_format_are_refused(small):
                     *(raw[:n] for n in range(0, len(raw), len(raw) // 40))]:
         path.write_bytes(content)
         assert "damaged" in refused(path)
-    for change in ({"format": train.FORMAT - 1}, {"format": None}, {"config": {"lr": 1}}):
+    for change in ({"format": train.FORMAT - 1}, {"format": None}):
         torch.save(state | change, path)
         assert f"format {train.FORMAT}" in refused(path) and "released" in refused(path)
 
@@ -324,9 +321,9 @@ def test_code_in_a_file_is_not_executed(kind, small):
 
 @pytest.mark.parametrize("change", [
     lambda ckpt: ckpt.pop("model"), lambda ckpt: ckpt.update(stage="two"),
-    lambda ckpt: ckpt["config"].pop("lr"), lambda ckpt: ckpt.update(optimizers=[]),
+    lambda ckpt: ckpt.pop("optimizer 0"),
     lambda ckpt: ckpt["model"].update({"unet.conv_in.weight": torch.zeros(2)})],
-    ids=["no model", "stage two", "no lr", "no optimiser", "other shape"])
+    ids=["no model", "stage two", "no optimiser", "other shape"])
 def test_a_checkpoint_with_a_wrong_part_is_refused_in_one_line(change, whole, tmp_path):
     ckpt = train.read_checkpoint(whole / "ckpt.pt")
     change(ckpt)
@@ -345,10 +342,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_stage_and_checkpo
 
     loss, out = train.diffusion_loss, tmp_path / "run"
     assert end(start(out, *SHORT, prepare=lambda: at_call(train, "diffusion_loss", 3, steep))) == 2
-    for words in ("grad_norm of stage 2 not finite at image 96", str(out / "ckpt.pt"), "--lr"):
+    for words in ("stage 2, image 96", "'grad_norm': nan", str(out / "ckpt.pt"), "--lr"):
         assert words in error(out)
     kept = train.read_checkpoint(out / "ckpt.pt")
-    assert kept["images_seen"] == 64 and all(w.isfinite().all() for w in kept["model"].values())
+    assert kept["seen"][2] == 64 and all(w.isfinite().all() for w in kept["model"].values())
 
 
 def test_units_that_are_not_finite_are_not_fitted_and_end_the_run_in_one_line(tmp_path):
@@ -357,7 +354,7 @@ def test_units_that_are_not_finite_are_not_fitted_and_end_the_run_in_one_line(tm
 
     units, out = train.Model.units, tmp_path / "run"
     assert end(start(out, *SHORT, prepare=lambda: at_call(train.Model, "units", 1, bad))) == 2
-    assert "units are not finite at image 64" in error(out)
+    assert "units are not finite" in error(out)
 
 
 # ---- many processes (plain DistributedDataParallel): the same course, not the same numbers ----
@@ -379,7 +376,7 @@ def nothing():
 
 
 def test_two_processes_learn_as_one_does_and_one_of_them_writes(tmp_path):
-    flags = [*SMALL, "--stage1.images", "16", "--images", "1280", "--epoch_images", "640"]
+    flags = [*SMALL, "--stage1.images", "16", "--images", "1280", "--pool_images", "640"]
     pids = start_together(tmp_path / "two", *flags, prepares=[nothing, nothing])
     assert [end(pid) for pid in pids] == [0, 0], said(tmp_path / "two")
     assert said(tmp_path / "two", rank=1) == []  # one process speaks
@@ -399,27 +396,9 @@ def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
     pids = start_together(tmp_path / "run", *SHORT, prepares=[nothing, second])
     assert end(pids[1]) == -signal.SIGKILL
     assert end(pids[0]) == 1, said(tmp_path / "run")  # and does not wait for ever
-    assert train.read_checkpoint(tmp_path / "run" / "ckpt.pt")["images_seen"] == 32
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_step_and_others_can_go_on(tmp_path):
-    out = tmp_path / "run"
-    last = signalled(signal.SIGTERM, train, "diffusion_loss", 2)
-    pids = start_together(out, *SHORT, prepares=[nothing, nothing, nothing, last])
-    assert [end(pid) for pid in pids] == 4 * [130], said(out)
-    assert train.read_checkpoint(out / "ckpt.pt")["images_seen"] == 64
-    pids = start_together(out, *SHORT, "--resume", prepares=2 * [nothing])
-    assert [end(pid) for pid in pids] == [0, 0], said(out)
-    assert train.read_checkpoint(out / "ckpt.pt")["finished"]
-
-
-def test_minutes_ends_all_processes_after_the_same_step(tmp_path):
-    pids = start_together(tmp_path / "run", *SMALL, "--minutes", "0.1", prepares=2 * [nothing])
-    assert [end(pid) for pid in pids] == [0, 0], said(tmp_path / "run")
-    assert train.read_checkpoint(tmp_path / "run" / "ckpt.pt")["finished"]
+    assert train.read_checkpoint(tmp_path / "run" / "ckpt.pt")["seen"][2] == 32
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
-    cfg = train.default_settings() | {"seed": 0, "minutes": None}
-    with pytest.raises(data.UserError, match="--batch 512: expected a multiple of 3 processes"):
-        train.check_settings(cfg, world=3)
+    with pytest.raises(data.UserError, match="--batch.*: found 512, expected a multiple of 3"):
+        train.check_settings(train.default_settings(), world=3)

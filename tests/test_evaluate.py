@@ -1,12 +1,14 @@
 """evaluate.py: each metric against the value that its definition gives by hand, and the command."""
 
 import json
+import shlex
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import fid
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,63 @@ def test_codes_of_another_shape_are_refused(codes, sizes, words):
         score("mig", codes, sizes)
 
 
+LABELS = np.repeat(GRID, 3, 0)[np.random.default_rng(0).permutation(180)][:90]  # no grid
+
+
+@pytest.mark.parametrize("metric, counts", [
+    ("dci", dict(n_test=30, jobs=1)), ("infomec", {}), ("gbt_efficiency", dict(n_test=30, jobs=1))])
+def test_labels_of_images_that_form_no_grid_score_perfect_codes_higher(metric, counts):
+    good, bad = (list(getattr(evaluate, metric)(lambda idx: x[idx], LABELS, n_train=60, **counts)
+                      .values())[0] for x in (LABELS.astype(float), noise().repeat(2, 0)))
+    assert good == approx(1, 0.06) and good > bad + 0.2
+
+
+def test_of_labels_no_image_is_drawn_twice_and_fewer_images_are_shared_in_proportion():
+    x, y, x_test, y_test = evaluate.Sampler(lambda idx: idx[:, None], LABELS, 0).split(600, 300)
+    assert len(x_test) == 30 and sorted([*x[:, 0], *x_test[:, 0]]) == list(range(90))
+    assert (y_test == LABELS[x_test[:, 0].astype(int)]).all()
+    with pytest.raises(ValueError, match="needs the sizes of a grid"):
+        score("factor_vae", LABELS.astype(float), LABELS)
+    rare = LABELS * [1, 1, 0] + np.eye(90, dtype=int)[:, 7:8] * [0, 0, 1]  # none to learn from
+    assert 0 < score("dci", LABELS.astype(float), rare, n_train=5)["informativeness"] < 1
+
+
+TINY = data.Dataset("tiny", "", "", lambda idx: picture(torch.stack(torch.unravel_index(
+    idx, (2, 3, 4)), 1)), dict(images=24, factors=dict(a=2, b=3, c=4)), "cpu")
+RNG = np.random.default_rng(0)
+picture = lambda x: (60 * x).byte()[:, :, None, None].expand(-1, -1, 8, 8)  # noqa: E731
+bits = lambda x: torch.stack([x[:, 0], x[:, 1], x[:, 2] // 2, x[:, 2] % 2], 1)  # noqa: E731
+of_bits = lambda c: torch.stack([c[:, 0], c[:, 1], 2 * c[:, 2] + c[:, 3]], 1)  # noqa: E731
+any_image = lambda c: TINY.factors(torch.from_numpy(RNG.integers(24, size=len(c))))  # noqa: E731
+PERFECT, ONE_BIT, CHANCE = [1, 1, 1, 0], [1 / 3, 1, 1 / 3], [1 / 2, 2 / 24, 1 / 24, 1 / 2]
+
+
+# The renderer behind fake models. One bit is all that is missing to one of three other values.
+@pytest.mark.parametrize("way, groups, units, decode, a, b, c", [
+    (0, [[0], [1], [2, 3]], bits, of_bits, PERFECT, PERFECT, PERFECT),
+    (1, [[0], [1], [2, 3]], bits, of_bits, PERFECT, PERFECT, ONE_BIT),
+    (2, [[0], [1], [2, 3]], bits, any_image, PERFECT, PERFECT, PERFECT),  # the ceiling
+    *((way, [[0], [1], [2, 3]], bits, any_image, CHANCE, [1 / 3, 3 / 24, 1 / 24, 8 / 9],
+       [1 / 4, 4 / 24, 1 / 24, 5 / 4]) for way in (0, 1, 3)),
+    (0, [[0], [0], [1]], lambda x: torch.stack([x[:, 0] + 2 * x[:, 1], x[:, 2]], 1),
+     lambda c: torch.stack([c[:, 0] % 2, c[:, 0] // 2, c[:, 1]], 1),  # one unit knows a and b
+     [1, 0, 0, 0], [1, 0, 0, 0], PERFECT)])
+def test_control_is_what_a_models_construction_gives(way, groups, units, decode, a, b, c):
+    model = SimpleNamespace(
+        units=lambda images: units(images[:, :, 0, 0].long() // 60)[:, :, None],
+        dyga=SimpleNamespace(align=lambda c: c), vqgan=SimpleNamespace(reconstruct=lambda x: x),
+        noise=lambda count, generator: torch.zeros(count, 1, 1, 1),
+        sample=lambda c, noise, steps: picture(decode(c[:, :, 0])))
+    probe = SimpleNamespace(groups=dict(enumerate(groups)))
+    found = evaluate.control(evaluate.Painter(model, TINY, probe, 1, 0, 400), 0)
+    for name, expected in dict(a=a, b=b, c=c).items():  # moved, kept, control, off
+        numbers = [four[way] for four in found[name].values()][:len(expected)]
+        exact = all(value in (0, 1) for value in expected)
+        assert numbers == approx(expected, 0 if exact else 0.1)
+    assert found["mean"]["moved"][way] == approx(np.mean(
+        [found[name]["moved"][way] for name in "abc"]))
+
+
 A = np.random.default_rng(0).integers(0, 2, size=(4000, 3))  # attributes
 CONTINUOUS = A + np.random.default_rng(1).uniform(0, 0.5, size=A.shape)
 CONSTANT, TWINS = A * [1, 0, 1], A[:, [0, 0, 2]]  # nobody has one; one gives another away
@@ -225,7 +284,7 @@ def test_frechet_distance_closed_forms():
             (mu, A @ A.T, A @ A.T, 0), (mu + 2, A @ A.T, A @ A.T, 5 * 4),  # the means' distance
             (mu, np.diag(s1 ** 2), np.diag(s2 ** 2), ((s1 - s2) ** 2).sum()),  # these commute
             (mu, np.diag(e[0]), np.diag(e[1]), 2)):  # no shared direction: the traces add up
-        assert evaluate.frechet_distance(mu, cov1, mu2, cov2) == approx(expected)
+        assert fid.frechet_distance(mu, cov1, mu2, cov2) == approx(expected)
 
 
 @pytest.mark.parametrize("brighter", [0, 7])
@@ -240,7 +299,7 @@ def test_fid_of_images_brighter_by_a_constant_is_the_squared_shift(brighter):
         return images.float().mean([2, 3])
 
     with pytest.warns(UserWarning, match="2,048"):
-        assert evaluate.fid(model, ds, colour_means, 130, 1) == approx(3 * brighter ** 2)
+        assert fid.fid(model, ds, colour_means, 130, 1) == approx(3 * brighter ** 2)
 
 
 def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():
@@ -258,7 +317,7 @@ def test_every_image_is_encoded_once():
         seen.extend(idx.tolist())
         return idx[:, None, None].float()  # (B, 1, 1)
 
-    encode = evaluate.Codes(units, (torch.zeros(1, 1), torch.ones(1, 1)), 50)
+    encode = evaluate.cached(units, (torch.zeros(1, 1), torch.ones(1, 1)), 50)
     for idx in ([3, 1, 3], [1, 4], [3]):
         assert encode(np.array(idx))[:, 0].tolist() == idx
     assert sorted(seen) == [1, 3, 4]
@@ -279,7 +338,8 @@ def test_anchors_of_groups_far_apart_are_pure_and_alignment_raises_their_margin(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of the tiny preset with random weights, and anchors fitted to its units."""
-    cfg = train.default_settings() | train.PRESETS["tiny"]
+    flags = shlex.split(train.PRESETS["tiny"], comments=True)
+    cfg = vars(train.build_parser().parse_args([*flags, "--source", "rendered"]))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = train.Model(cfg).eval()
@@ -287,9 +347,8 @@ def checkpoint(tmp_path_factory):
     ds = data.load("shapes3d", source="rendered")
     model.dyga.fit(model.units(ds.images(torch.arange(0, 480_000, 2_400))))
     path = tmp_path_factory.mktemp("run") / "ckpt.pt"
-    torch.save({"format": train.FORMAT, "stage": 2, "config": cfg, "images_seen": 1234,
-                "minutes": 0.5, "dataset": {"name": "shapes3d", "source": "rendered"},
-                "model": model.state_dict(), "average": model.state_dict()}, path)
+    torch.save({"format": train.FORMAT, "stage": 2, "config": cfg, "seen": [0, 0, 1234],
+                "minutes": 0.5, "model": model.state_dict(), "average": model.state_dict()}, path)
     rows = [{"stage": 2, "images": 32 * i, "loss": 1 / (1 + i)} for i in range(20)]
     (path.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -303,7 +362,7 @@ def report(checkpoint):
     folder = Path(evaluate.__file__).parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return checkpoint.parent / "eval", done.stdout
+    return checkpoint.parent / "eval", done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -320,38 +379,67 @@ def command(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_the_command_prints_scores_with_counts_and_the_papers_values_and_names_units(report):
+def test_the_command_prints_what_it_does_scores_counts_the_papers_values_and_units(report):
     row = next(line for line in report[1].splitlines() if line.startswith("mig  "))
-    assert "0.507 +- 0.002" in row and "train 2,000" in row
+    assert "paper 0.507+-0.002" in row and "train 2,000" in row
     for words in ("rendered twin", "cannot be compared", "floor hue: unit", "Silent units"):
         assert words in report[1]
+    for words in ("units of a sample", "encoding 1,9", "interchange", "slider, floor hue: unit"):
+        assert f"\n{words}" in "\n" + report[2]  # what is being done, away from a terminal
 
 
 def test_the_command_writes_metrics_json_pictures_and_a_page_that_needs_no_other_file(report):
-    figures = ["samples", "matrix", "interchange", "interpolation", "attention", "units"]
+    figures = ["samples", "interchange", "interpolation", "attention", "units"]
     assert {path.name for path in report[0].iterdir()} == {
         "metrics.json", "index.html", *(f"{name}.png" for name in figures)}
     page = (report[0] / "index.html").read_text()
-    assert "://" not in page and '"loss": [[0, 1.0], [32, 0.5]' in page
-    assert all(f'"{name}": "data:image/png' in page for name in figures)
+    assert "://" not in page and "32, \\\"loss\\\": 0.5" in page
+    assert all(f'"{name}": "data:image/jpeg' in page for name in figures)
     found = json.loads((report[0] / "metrics.json").read_text())
-    assert (found["source"], found["images_seen"], found["quick"]) == ("rendered", 1234, True)
+    assert (found["source"], found["seen"][2], found["quick"]) == ("rendered", 1234, True)
     assert found["scores"]["mig"]["counts"] == {"n_train": 2000}
     assert set(found["anchors"]) == {"before", "after", "mean_delta", "lambda"}
 
 
+def test_control_is_part_of_the_report(checkpoint, command, monkeypatch):
+    monkeypatch.setattr(evaluate, "nearest_image", lambda ds, x: torch.zeros(len(x)).long())
+    code, said, out = command(checkpoint, "--quick", "--only", "control")
+    assert code == 0 and "pairs 16" in said and "control of floor hue: 0." in said
+    found = json.loads((out / "metrics.json").read_text())["control"]
+    assert set(found) == {*data.load("shapes3d", source="rendered").factor_names, "mean"}
+
+
+@pytest.mark.parametrize("factors, only, words, figure, possible", [
+    ({}, "figures", ["No scores: "], "interchange.png", "choose from figures"),
+    ({"hue": 2, "size": 4}, "dci,infomec", ["dci: train 20, test 20", "infomec: train 40"],
+     "index.html", "choose from dci, infomec, gbt, figures")])
+def test_images_that_form_no_grid_get_the_scores_that_their_labels_allow_or_the_reason_why_not(
+        checkpoint, command, monkeypatch, factors, only, words, figure, possible):
+    draw, sizes = data.load("shapes3d", source="rendered").images, torch.tensor([*factors.values()])
+    labels = (torch.arange(40)[:, None] // 10 % sizes).long()
+    facts = dict(images=40, factors=factors, labels=labels)
+    ds = data.Dataset("folder", "", "", lambda idx: draw(11_111 * idx), facts, "cpu")
+    monkeypatch.setattr(data, "load", lambda *_, **__: ds)
+    code, said, out = command(checkpoint, "--quick", "--only", only)
+    assert code == 0 and all(x in said for x in words) and "nothing is aligned" not in said
+    assert (out / figure).exists()
+    found = json.loads((out / "metrics.json").read_text())
+    assert len(found["nmi"]) == len(factors) and bool(found["scores"]) == bool(factors)
+    assert ('"No scores: ' in (out / "index.html").read_text()) != bool(factors)
+    assert possible in command(checkpoint, "--only", "mig")[1]
+
+
 @pytest.mark.parametrize("arguments, words", [
-    *(((flag, value), flag) for flag in ("--seed", "--fid")
-      for value in ("nan", "inf", "-1", "1e99", 10**30)),
+    *((("--seed", value), "--seed") for value in ("nan", "inf", "-1", "1e99", 10**30)),
     (("--only", "mig,magic"), "magic: for shapes3d"), (("--only", "tad"), "choose from factorvae"),
-    (("--fid", "9"), "is not there; put"), (("--codes", "a.npz"), "expected a checkpoint")])
+    (("--codes", "a.npz"), "expected a checkpoint")])
 def test_a_wrong_flag_is_one_line_and_nothing_is_written(checkpoint, command, arguments, words):
     code, said, out = command(checkpoint, *arguments)
     assert code == 2 and said.count("\n") == 1 and words in said and not out.exists()
 
 
 def test_a_missing_input_or_template_is_one_line(checkpoint, command, monkeypatch):
-    assert "expected a checkpoint" in command()[1] and "no such file" in command("none.pt")[1]
+    assert "expected a checkpoint" in command()[1] and "o such file" in command("none.pt")[1]
     monkeypatch.setattr(evaluate, "TEMPLATE", Path("lost/page.html"))
     code, said, _ = command(checkpoint)
     assert code == 2 and said.count("\n") == 1 and "lost/page.html" in said
@@ -359,8 +447,8 @@ def test_a_missing_input_or_template_is_one_line(checkpoint, command, monkeypatc
 
 def test_metrics_that_need_a_grid_are_refused_for_celeba():
     with pytest.raises(data.UserError, match="dci: for celeba choose from tad, figures"):
-        evaluate.check_flags(SimpleNamespace(only=["dci"]),
-                             SimpleNamespace(name="celeba", is_grid=False))
+        evaluate.check_flags(SimpleNamespace(only=["dci"]), SimpleNamespace(
+            name="celeba", is_grid=False, factor_names=["Bald", "Young"]))
 
 
 CARS = np.stack(np.unravel_index(np.arange(17_568), [4, 24, 183]), 1)
@@ -372,10 +460,9 @@ CODES = ["--codes", "a.npz", "--dataset", "cars3d", "--quick", "--only"]
 def test_codes_of_a_file_are_scored_without_images_and_called_the_users(command, arrays):
     np.savez("a.npz", **arrays)
     code, said, out = command(*CODES, "factorvae,figures")
-    assert code == 0 and "yours (cars3d, codes)" in said and "the user's" in said
+    assert code == 0 and "a.npz: cars3d, codes" in said and "the user's" in said
     assert json.loads((out / "metrics.json").read_text())["scores"]["factorvae"]["value"] == 1
-    assert {path.name for path in out.iterdir()} == {"metrics.json", "index.html", "matrix.png"}
-    assert "samples" not in command(*CODES, "figures")[1]  # no table without rows
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "index.html"}
 
 
 @pytest.mark.parametrize("arrays, words", [

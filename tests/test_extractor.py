@@ -43,8 +43,7 @@ def test_forward_is_scalars_then_expand(small):
 def test_units_end_in_a_relu_only_if_asked(small):
     s = torch.randn(50, 4)
     assert (small.expand(s) >= 0).all()
-    small.unit_relu = False
-    assert (small.expand(s) < 0).any()
+    assert (Extractor(4, 8, unit_relu=False).expand(s) < 0).any()
 
 
 def test_the_price_is_that_of_the_divergence_from_a_normal_and_concave_in_each_unit():

@@ -52,13 +52,17 @@ class Page:  # a call is one order to the browser, and its answer
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    score = {"value": 0.5, "counts": {"n_train": 9}, "notes": []}
+    four = {key: [0.75, 0.5, 1.0, 0.125] for key in ("moved", "kept", "control", "off")}
     report = {"dataset": "shapes3d", "source": "codes", "quick": True, "checkpoint": "</script>",
-              "units": ["floor hue: unit 1"], "silent": [], "anchors": {}, "scores": {"mig": score}}
+              "units": ["floor hue: unit 1"], "silent": [0], "anchors": {}, "paper": {},
+              "factors": ["floor hue"], "nmi": [[0.25, 0.875]], "control": {"mean": four},
+              "scores": {"mig": {"value": 0.5, "counts": {"n_train": 9}, "notes": []}}}
     picture, other = Image.new("RGB", (900, 300)), Image.new("RGB", (266, 66), "red")
-    strips, loss = [[evaluate.inline(picture), evaluate.inline(other)]], [[0, 2.0], [9, 1.0]]
-    slider = {"images": ["image 5"], "units": ["unit 0", "unit 1"], "stops": 4, "strips": strips}
-    text = evaluate.page(report, {"lr": 1e-3}, {"matrix": picture}, loss, slider)
+    strips = {"floor hue: unit 1": {"stops": 4, "pictures": [evaluate.inline(picture)]},
+              "unit 0": {"stops": 2, "pictures": [evaluate.inline(other)]}}
+    log = "".join(json.dumps({"images": i, "loss": 2 - i}) + "\n" for i in range(2)) + '{"cut'
+    text = evaluate.page(report, {"lr": 1e-3}, {"interchange": picture}, log,
+                         {"images": ["image 5"], "strips": strips})
     (folder / "index.html").write_text(text, "utf-8")
     opened = Page((folder / "index.html").as_uri(), folder / "profile")
     with opened.process:
@@ -66,24 +70,47 @@ def page(tmp_path_factory):
         opened.process.kill()
 
 
-def test_by_keyboard_alone_tab_reaches_the_slider_and_arrows_turn_the_unit(page):
-    for _ in range(4):  # past the table and two menus
+def test_by_keyboard_alone_tab_reaches_the_slider_and_arrows_turn_the_factor(page):
+    for _ in range(3):  # past two menus
         first = page.press("Tab", 9)
     assert page.press("ArrowRight", 39) != first
-    assert page.js("document.getElementById('said').textContent") == "position 2 of 4"
+    assert page.js("document.getElementById('said').textContent") == "value 2 of 4"
     assert page.press("ArrowLeft", 37) == first
 
 
-def test_another_unit_shows_another_picture(page):
+def test_a_thumbnail_shows_each_value_and_a_click_on_it_takes_that_value(page):
+    assert page.js("values.children.length") == 4
+    page.js("values.children[3].click()")
+    assert page.js("said.textContent + values.children[3].className") == "value 4 of 4chosen"
+
+
+def test_another_unit_shows_another_picture_within_its_own_values(page):
     page.js(f"first = {SHOWN}, unit.focus()")
     assert page.press("ArrowDown", 40) != page.js("first")
+    assert page.js("said.textContent") == "value 2 of 2"
 
 
-def test_scores_notes_pictures_and_the_loss_are_shown_and_what_is_missing_is_not(page):
+def test_the_page_leads_with_the_slider_and_ends_with_the_notes(page):
+    order = page.js("[...document.querySelectorAll('[id]')].map(x => x.id).join(' ')").split()
+    places = [order.index(name) for name in
+              ("player", "matrix", "interchange", "control", "scores", "loss", "notes")]
+    assert places == sorted(places) and order[-1] == "notes"
+
+
+def test_scores_control_notes_pictures_and_the_loss_are_shown_and_what_is_missing_is_not(page):
     text = page.js("document.body.innerText")
-    assert "0.500" in text and "Silent units" in text and "from </script>" in text
-    assert page.js("document.querySelector('#matrix img').naturalWidth") == 900
+    for words in ("0.500", "Silent units", "from </script>", "best unit alone\t0.500", "train 9"):
+        assert words in text
+    assert page.js("document.querySelector('#interchange img').naturalWidth") == 900
     assert page.js("document.querySelector('#loss polyline') && attention.hidden")
+
+
+def test_a_cell_of_the_matrix_is_the_darker_the_more_its_unit_knows_and_units_have_names(page):
+    head, row = page.js("document.querySelector('#matrix').innerText").splitlines()[-2:]
+    assert head.split("\t")[1:] == ["floor hue: unit 1", "(0)"] and "0.88\t0.25" in row
+    colours = page.js("[...document.querySelectorAll('#matrix td')].slice(1).map("
+                      "x => x.style.background.match(/\\d+/)[0]).join(' ')").split()
+    assert int(colours[0]) < int(colours[1])  # of red
 
 
 def test_at_phone_width_nothing_is_cut_off_or_scrolls_sideways(page):

@@ -1,6 +1,7 @@
 """Facts about the run: command line, settings, checkpoint, log, determinism, resuming."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import train
 ROOT = Path(train.__file__).parent
 TINY = ["--dataset", "shapes3d", "--preset", "tiny", "--device", "cpu"]
 # A course of a few steps: two fits of the anchors and several rows of the log.
-SHORT = [*TINY, "--stage1.images", "96", "--images", "320", "--epoch_images", "128", "--fit_images",
+SHORT = [*TINY, "--stage1.images", "96", "--images", "320", "--pool_images", "128", "--fit_images",
          "150", "--ddim_steps", "2", "--dyga.k_max", "8", "--dyga.max_iter", "5"]
 
 
@@ -78,13 +79,13 @@ def test_log_has_losses_and_anchors(finished):
 
 def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
     model, ckpt = train.load_checkpoint(finished[0] / "ckpt.pt")
-    assert ckpt["dataset"] == {"name": "shapes3d", "source": "rendered"}
-    assert ckpt["images_seen"] == 320 and not model.training
+    assert ckpt["config"]["source"] == "rendered" and ckpt["seen"] == {1: 96, 2: 320}
+    assert not model.training
     c = model.units(data.load("shapes3d").images(torch.tensor([0, 77, 479_999])))
     noise = model.noise(3, torch.Generator().manual_seed(0))
-    sample = model.sample(model.dyga.align(c), noise)
+    sample = model.sample(model.dyga.align(c), noise, 2)
     assert c.shape == (3, 6, 32) and sample.shape == (3, 3, 64, 64)
-    assert torch.equal(sample, model.sample(model.dyga.align(c), noise))
+    assert torch.equal(sample, model.sample(model.dyga.align(c), noise, 2))
     # The average has its own weights and anchors, not the training ones.
     for name in ("unet.conv_in.weight", "extractor.cnn.1.running_var", "dyga.anchors"):
         assert not torch.equal(ckpt["average"][name], ckpt["model"][name])
@@ -100,19 +101,16 @@ def test_a_run_takes_numbers_too_small_for_full_precision_as_zero(monkeypatch):
     torch.set_flush_denormal(False)
 
 
-@pytest.mark.parametrize("precision, capability, expected", [
-    ("auto", (8, 0), True), ("auto", (7, 5), False), ("float32", (9, 0), False),
-    ("bfloat16", None, True), ("auto", None, False)])
-def test_auto_is_bfloat16_where_a_gpu_computes_in_it(precision, capability, expected, monkeypatch):
+@pytest.mark.parametrize("capability, expected", [((8, 0), True), ((7, 5), False), (None, False)])
+def test_stage_2_is_in_bfloat16_where_a_gpu_computes_in_it(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    device = torch.device("cuda" if capability else "cpu")
-    assert train.in_bfloat16(precision, device) is expected
+    assert train.in_bfloat16(torch.device("cuda" if capability else "cpu")) is expected
 
 
 def test_a_run_in_bfloat16_has_float32_weights_and_losses_near_those_of_float32(
         finished, tmp_path, monkeypatch):
-    flags = [*SHORT, "--out", tmp_path, "--precision", "bfloat16"]
-    assert run_main(monkeypatch, *flags) == 0
+    monkeypatch.setattr(train, "in_bfloat16", lambda device: True)
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path) == 0
     half = [row["loss"] for row in rows(tmp_path) if "loss" in row]
     exact = [row["loss"] for row in rows(finished[0]) if "loss" in row]
     assert half[-1] != exact[-1]
@@ -142,7 +140,7 @@ def test_same_seed_same_numbers_and_another_seed_other_numbers(finished, tmp_pat
 
 @pytest.mark.parametrize("flags, held", [
     (["--lr", "0.5"], "0.001"), (["--seed", "1"], "0"), (["--preset", "laptop"], "tiny"),
-    (["--images", "640"], "320"), (["--minutes", "9.0"], "None"),
+    (["--images", "640"], "320"), (["--vary", "shape"], ""),
     (["--unet.multipliers", "1", "4"], "[1, 2]"), (["--no-unet.self_attention"], "True")])
 def test_a_flag_that_contradicts_the_checkpoint_is_refused_by_name(
         flags, held, finished, monkeypatch, capsys):
@@ -188,7 +186,7 @@ def test_stage_2_draws_from_one_pool_of_images_and_hands_on_their_latents(
         return forward(self, images, z0, priced)
 
     monkeypatch.setattr(train.Model, "forward", watched)
-    flags = [*SHORT, "--out", tmp_path, "--pool_images", "64", "--epoch_images", "0"]
+    flags = [*SHORT, "--out", tmp_path, "--pool_images", "64"]
     assert run_main(monkeypatch, *flags) == 0
     assert 50 < len(seen) <= 64
     fits = [row["images"] for row in rows(tmp_path) if row.get("of") == "training"]
@@ -196,11 +194,11 @@ def test_stage_2_draws_from_one_pool_of_images_and_hands_on_their_latents(
 
 
 def test_a_batch_larger_than_the_pool_counts_what_a_step_really_sees(tmp_path, monkeypatch):
-    flags = [*SHORT, "--out", tmp_path, "--pool_images", "8", "--batch", "32", "--images", "640",
-             "--epoch_images", "320"]
+    flags = [*SHORT, "--out", tmp_path, "--pool_images", "8", "--batch", "32", "--images", "96"]
     assert run_main(monkeypatch, *flags) == 0
-    assert len([row for row in rows(tmp_path) if row.get("of") == "training"]) == 2
-    assert train.read_checkpoint(tmp_path / "ckpt.pt")["images_seen"] == 640
+    fits = [row for row in rows(tmp_path) if row.get("of") == "training"]
+    assert len(fits) == 3  # one a step, though a step is four epochs long
+    assert train.read_checkpoint(tmp_path / "ckpt.pt")["seen"][2] == 96
 
 
 def test_units_learn_freely_at_first_and_then_have_a_price(tmp_path, monkeypatch):
@@ -213,25 +211,17 @@ def test_units_learn_freely_at_first_and_then_have_a_price(tmp_path, monkeypatch
     monkeypatch.setattr(train.Model, "forward", watched)
     assert run_main(monkeypatch, *SHORT, "--out", tmp_path, "--price", "1e-3") == 0
     assert asked == 5 * [False] + 5 * [True]  # ten steps; the fifth begins at exactly 0.4
-    assert all(row["price"] > 0 for row in rows(tmp_path) if "loss" in row)
-
-
-def test_minutes_ends_the_course_in_time_with_a_complete_checkpoint(tmp_path, monkeypatch):
-    assert run_main(monkeypatch, *TINY, "--out", tmp_path, "--minutes", "0.15") == 0
-    model, ckpt = train.load_checkpoint(tmp_path / "ckpt.pt")
-    assert 0.05 < ckpt["minutes"] < 0.5 and model.dyga.mask.any()
-    assert ckpt["stage1_minutes"] < 0.5 * ckpt["minutes"]
+    prices = [row["price"] > 0 for row in rows(tmp_path) if "loss" in row]
+    assert prices == [False, False, True, True, True]  # a row is the mean of two steps
 
 
 # ---- settings ----
 
 
-def test_every_preset_names_real_settings_within_their_ranges():
-    for name, preset in train.PRESETS.items():
-        for changes in [{}, *train.PER_DATASET.values()]:
-            cfg = train.default_settings() | preset | changes | {"seed": 0, "minutes": None}
-            assert cfg.keys() == train.SETTINGS.keys() | {"seed", "minutes"}, name
-            train.check_settings(cfg, world=1)
+@pytest.mark.parametrize("flags", [*train.PRESETS.values(), *train.PER_DATASET.values()])
+def test_a_preset_is_a_list_of_flags_that_fit_together(flags):
+    cfg = vars(train.build_parser().parse_args(shlex.split(flags, comments=True)))
+    train.check_settings(cfg, world=1)
 
 
 def test_flag_beats_dataset_beats_preset_beats_default(monkeypatch, tmp_path):
@@ -239,7 +229,7 @@ def test_flag_beats_dataset_beats_preset_beats_default(monkeypatch, tmp_path):
 
     def chosen(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", "--dataset", *flags])
-        return train.parse()[2]
+        return train.parse()[0]
 
     assert chosen("celeba", "--preset", "paper")["batch"] == 64
     assert chosen("celeba", "--preset", "paper", "--batch", "7")["batch"] == 7
@@ -249,10 +239,8 @@ def test_flag_beats_dataset_beats_preset_beats_default(monkeypatch, tmp_path):
 
 
 def numeric_flags():
-    default = train.default_settings() | {"seed": 0, "minutes": 1.0}
-    numbers = [name for name, value in default.items()
-               if isinstance(value, (int, float, list)) and not isinstance(value, bool)]
-    return sorted(numbers)
+    return [name for name, value in train.default_settings().items()
+            if isinstance(value, (int, float, list)) and not isinstance(value, bool)]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e30", str(10 ** 30)])
@@ -261,13 +249,8 @@ def test_no_number_of_any_flag_ends_in_a_traceback(value, monkeypatch, tmp_path,
     assert len(numeric_flags()) > 50
     for name in numeric_flags():
         monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--{name}={value}"])
-
-        def check():
-            cfg = train.parse()[2]
-            train.check_settings(cfg, world=1)
-
         try:
-            data.run(check)
+            data.run(lambda: train.check_settings(train.parse()[0], world=1))
         except SystemExit as stop:
             line = capsys.readouterr().err
             assert stop.code == 2 and line.count("\n") == 1 and f"--{name}" in line, line
@@ -279,16 +262,14 @@ def test_no_number_of_any_flag_ends_in_a_traceback(value, monkeypatch, tmp_path,
 @pytest.mark.parametrize("flags, words", [
     (["--bacth", "3"], ["unrecognized", "--bacth"]),
     (["--dataset", "shapes"], ["shapes", "cars3d"]),
-    (["--preset", "huge"], ["huge", "laptop"]), (["--batch", "many"], ["many", "int"]),
+    (["--preset", "huge"], ["huge", "laptop"]), (["--batch", "many"], ["--batch", "many"]),
     (["--dataset", "cars3d"], ["cars3d", "nips2015-analogy-data"]),
-    (["--resume"], ["ckpt.pt", "no such file"]), (["--device", "cuda:99"], ["cuda:99", "cpu"]),
-    (["--ddim_steps", "5000"], ["--ddim_steps 5000", "1..1000"]),
-    (["--unet.heads", "3"], ["--unet.base 16", "multiple"]),
-    (["--vqgan.patch", "3"], ["--vqgan.patch 3", "64 pixels"]),
-    (["--vqgan.channels", "20"], ["--vqgan.channels 20", "--vqgan.group_channels"]),
-    (["--unet.multipliers", "1", "1", "1", "1", "1"], ["--unet.multipliers", "8 pixels"]),
-    (["--extractor.channels", "4", "4", "4", "4", "4", "4"], ["--extractor.channels", "halve"]),
-    (["--dyga.k_init", "40"], ["--dyga.k_init 40", "--dyga.k_max"]),
+    (["--resume"], ["ckpt.pt", "No such file"]), (["--device", "cuda:99"], ["cuda:99", "cpu"]),
+    (["--ddim_steps", "5000"], ["--ddim_steps", "5000", "1..1000"]),
+    (["--unet.heads", "3"], ["--unet.base", "16", "multiple of 12"]),
+    (["--vqgan.patch", "3"], ["--vqgan.patch", "64", "a multiple of 12"]),
+    (["--unet.multipliers", "1", "1", "1", "1", "1"], ["--unet.multipliers", "multiple of 128"]),
+    (["--extractor.channels", "4", "4", "4", "4", "4", "4"], ["--extractor.channels", "halvings"]),
 ])
 def test_mistakes_end_in_one_line_exit_code_2_and_nothing_written(
         flags, words, tmp_path, monkeypatch, capsys):
@@ -312,18 +293,14 @@ def test_out_that_is_a_file_or_another_run_is_refused_and_left_alone(
         finished, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").write_text("mine")
     assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "taken") == 2
-    assert "expected a folder" in capsys.readouterr().err
+    assert "File exists" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
     assert run_main(monkeypatch, *SHORT, "--out", finished[0]) == 2
     assert "--resume" in capsys.readouterr().err
 
 
 def test_a_step_that_does_not_fit_into_the_gpu_names_the_largest_half_that_does(monkeypatch):
-    def step(run, batch):
-        if batch > 100:
-            raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(train, "trial_step", step)
+    monkeypatch.setattr(train, "fits", lambda run, batch: batch <= 100)
     run = type("Run", (), {"cfg": {"batch": 512}, "world": 1, "device": torch.device("cuda")})
     with pytest.raises(data.UserError, match="--batch 512: .* at most --batch 64"):
         train.check_memory(run)

@@ -63,7 +63,8 @@ def test_restart_moves_exactly_the_unused_codes_onto_latents():
 def test_paper_size_turns_64x64_pixels_into_3x16x16_latents():
     net = V.VQGAN().eval()
     z = net.encode(pictures(2))
-    assert z.shape == (2, 3, 16, 16) and net.factor == 4 and net.codebook.codes.shape == (2048, 3)
+    assert z.shape == (2, 3, 16, 16) and net.latent_shape == (3, 16, 16)
+    assert net.codebook.codes.shape == (2048, 3)
     assert net.decode(z).shape == (2, 3, 64, 64)
 
 

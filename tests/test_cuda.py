@@ -1,0 +1,118 @@
+"""Does a line mix tensors of two devices? train.py and evaluate.py on a pretended GPU.
+
+A Pretended tensor says that it is on cuda:0, its numbers are in a CPU tensor: all is computed. Not
+seen: official files, FID, torchrun, bfloat16 (torch refuses it without a GPU), what CUDA lacks.
+"""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import evaluate
+import train
+
+TRAIN = ("--dataset shapes3d --source rendered --preset tiny --stage1.images 32 --images 64 "
+         "--pool_images 32 --fit_images 40 --ddim_steps 2 --dyga.k_max 4 --dyga.k_init 2 "
+         "--unet.multipliers 1 --extractor.n_units 3").split()
+
+
+class Pretended(torch.Tensor):
+    device, is_meta = torch.device("cuda:0"), False
+    __torch_dispatch__ = "not used: Pretence comes first"
+    __getitem__ = lambda self, place: torch.Tensor.__getitem__(self, indices(place))
+    __setitem__ = lambda self, place, x: torch.Tensor.__setitem__(self, indices(place), x)
+    tolist = lambda self: self.held.tolist()
+    __reduce_ex__ = lambda self, protocol: self.held.__reduce_ex__(protocol)  # saved as plain
+
+    def __new__(cls, held):  # C++ is told "meta": its autograd refuses cuda without a GPU
+        assert held.device.type == "cpu"
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device="meta")
+        self.held = held
+        return self
+
+
+def indices(place):  # on "meta" a list would lose its numbers
+    if isinstance(place, tuple):
+        return tuple(map(indices, place))
+    return torch.tensor(place, device="cuda:0") if isinstance(place, (list, np.ndarray)) else place
+
+
+class Pretence(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        there, here = {}, []  # pretended tensors by what they hold; the CPU's
+
+        def held(x):
+            if isinstance(x, Pretended):
+                there[id(x.held)] = x
+                return x.held
+            if isinstance(x, (torch.Tensor, torch.Generator)):
+                here.append(x)
+            return x
+
+        def pretended(x):  # what was changed in place stays what it was
+            new = isinstance(x, torch.Tensor) and id(x) not in there
+            return Pretended(x) if new else there.get(id(x), x)
+
+        args, kwargs = tree_map(held, (args, kwargs or {}))
+        on_gpu = bool(there)
+        if kwargs.get("device"):  # it makes a tensor, or brings one there
+            on_gpu, kwargs["device"] = kwargs["device"].type != "cpu", "cpu"
+            here = [x for x in here if isinstance(x, torch.Generator)]
+        elif torch.Tag.pointwise in func.tags:  # it may take one number from the CPU
+            here = [x for x in here if x.ndim]
+        if on_gpu and here and func is not torch.ops.aten.copy_.default:
+            raise AssertionError(f"{func}: two devices")
+        out = func(*args, **kwargs)
+        return tree_map(pretended, out) if on_gpu else out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    made = torch.tensor  # it would put numbers on a device unseen by Pretence
+    monkeypatch.setattr(torch, "tensor", lambda x, device="cpu", **o: made(x, **o).to(device))
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    monkeypatch.setattr(train, "in_bfloat16", lambda device: False)  # refused without a GPU
+    train.data.weight_maps()  # always on the CPU, and kept
+    with Pretence():
+        yield
+
+
+@pytest.mark.parametrize("line", [
+    "x + here", "x.add_(here)", "here.add_(x)", "torch.stack([x[0], here[0]])", "x.numpy()",
+    "here[x.long()]", "x.index_put_((x.long(),), here)", "x.uniform_(generator=cpu)"])
+def test_the_pretended_gpu_refuses_what_a_real_one_does(line, gpu):
+    x, here, cpu = torch.zeros(3, device="cuda:0"), torch.ones(3), torch.Generator()
+    assert (x + here.to(x.device) * here[0] + 1).tolist() == [2, 2, 2]
+    with pytest.raises((AssertionError, RuntimeError), match="two devices|numpy"):
+        eval(line)
+
+
+@pytest.mark.parametrize("more", ["--optimizer muon --price 1e-3 --t_sampling logit_normal", ""])
+def test_no_line_of_a_run_its_resumption_or_its_evaluation_mixes_devices(
+        more, gpu, tmp_path, monkeypatch):
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", ["", *flags, "--device", "cuda:0"])
+        module.main()
+
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train, "LOG_STEPS", 1)
+    monkeypatch.setattr(evaluate, "ACTIVE", 0.0)  # so that there are anchors to look at
+    flags = [*TRAIN, *more.split(), "--out", str(tmp_path)]
+    stop = train.Run.stop_if_signalled
+
+    def stop_in_stage_2(run):
+        run.stopped_by = 15 if run.seen[2] else None
+        stop(run)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train.Run, "stop_if_signalled", stop_in_stage_2)
+        run(train, *flags)
+    run(train, *flags, "--resume")
+    run(evaluate, str(tmp_path / "ckpt.pt"), "--quick", "--only", "mig,figures")
+    assert train.read_checkpoint(tmp_path / "ckpt.pt")["finished"]
