@@ -18,7 +18,6 @@ import sys
 import tarfile
 import time
 import tokenize
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -109,8 +108,8 @@ def hold_others(vary, images, facts):
     """Images and facts of the part of a grid in which only the factors named in `vary` change."""
     factors = dict(facts["factors"])
     if "labels" in facts or set(vary) - set(factors):
-        raise UserError(f"cannot vary {', '.join(vary)}: expected factors of a grid, found "
-                        f"{'a table' if 'labels' in facts else 'the grid'} of {list(factors)}")
+        raise UserError(f"cannot vary {vary}: expected factors of a grid of images, found "
+                        f"{list(factors)}")
     kept = torch.arange(facts["images"]).view(*factors.values())  # an axis per factor
     for axis, (name, size) in enumerate(facts["factors"].items()):
         if name not in vary:
@@ -214,7 +213,7 @@ def rendered(device):
         sky = torch.full_like(idx, HUES)
         colours = palette[torch.stack([*hues, sky, sky + 1], 1)].mT  # (B, 3, 5)
         # (B, 3, 5) @ (B, 5, 4096) = (B, 3, 4096)
-        pixels = colours @ maps[case]
+        pixels = colours @ maps.index_select(0, case)
         # Clipped only now, after shrinking, like the original: it keeps the ringing at sharp edges.
         return pixels.round_().clamp_(0, 255).byte().view(-1, 3, SIZE, SIZE)  # (B, 3, 64, 64)
 
@@ -228,6 +227,8 @@ def weight_maps():
 
     Drawn on the CPU, where a sample on an edge always falls on the same side.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other on arrays this small
     # The Lanczos filter shrinks one side of a picture; d is in output pixels.
     d = (torch.arange(SIDE) - (3 * torch.arange(SIZE)[:, None] + 1)) / 3  # (64, 192)
     shrink = torch.where(d.abs() < 3, torch.sinc(d) * torch.sinc(d / 3), 0.0)
@@ -241,6 +242,7 @@ def weight_maps():
                 picture = draw_object(room, points, *view, shape, 0.75 + 0.5 * scale / 7)
                 picture = picture.view(5, SIDE, SIDE)  # (5, 192, 192)
                 maps[scale, k, orientation] = shrink @ picture @ shrink.T  # (5, 64, 64)
+    torch.set_num_threads(threads)
     return maps.view(-1, 5, SIZE * SIZE).half()  # (480, 5, 4096)
 
 
@@ -600,7 +602,8 @@ def convert(dataset, path, npy, facts):
             yield from READERS[dataset](path, facts)
 
     for old in npy.parent.glob(f"{dataset}-64x64-*.npy"):  # of a folder before it changed
-        old.unlink()
+        if old != npy:  # another process may have made it just now
+            old.unlink()
     # A killed run leaves its large temporary file. Unchanged for an hour, it is such a one.
     for left in npy.parent.glob(f".*-{dataset}-64x64*.npy"):
         if time.time() - left.stat().st_mtime > 3600:
@@ -614,9 +617,9 @@ def convert(dataset, path, npy, facts):
 
 def stored(npy, facts, device, reserve):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file."""
-    with readable(npy, "remove it and run this again"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns that the file cannot be written to: fine
-        array = np.load(npy, mmap_mode="r")  # (images, 64, 64, 3), on disk
+    with readable(npy, "remove it and run this again"):
+        # (images, 64, 64, 3), on disk. "c": what is written stays in memory; PyTorch wants that.
+        array = np.load(npy, mmap_mode="c")
         expect_images(array.shape, array.dtype, facts)
         pixels = torch.from_numpy(array)
     if device.type == "cuda" and fits(pixels.nbytes, device, reserve):

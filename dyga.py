@@ -442,7 +442,6 @@ def main():
         print(f"anchors {model.mask.sum(1).tolist()} with {options or 'the default settings'}")
 
     unit = levels.index(5)
-    number = model.nearest(c)[1][:, unit]  # (n,)
     anchors = model.anchors[unit][model.mask[unit]]  # (K, D)
     axes = torch.linalg.eigh(c[:, unit].T.cov()).eigenvectors[:, -2:]  # (D, 2), the widest
     image = Image.new("RGB", (840, 450), "white")
@@ -452,10 +451,9 @@ def main():
         shown = torch.cat([points[:, unit], anchors])  # (n + K, D)
         shown = normalise(shown, model.centre[unit], model.scale[unit]) @ axes * 25
         shown += torch.tensor([middle, 250])
-        for k, (px, py) in enumerate(shown[len(c):].tolist()):
-            colour = f"hsl({360 * k // len(anchors)}, 75%, 45%)"
-            draw.point(shown[:len(c)][number == k].flatten().tolist(), colour)
-            draw.ellipse((px - 2, py - 2, px + 2, py + 2), "black")
+        draw.point(shown[:len(c)].flatten().tolist(), "gray")
+        for x, y in shown[len(c):].tolist():
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), "black")
     Path("out").mkdir(exist_ok=True)
     image.save("out/dyga.png")
 

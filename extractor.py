@@ -15,7 +15,6 @@ another's scalar, so what a unit's vector says can only come from its own scalar
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 
 class UnitLinear(nn.Module):
@@ -58,10 +57,17 @@ class Extractor(nn.Module):
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
         # first fully connected layer takes 4096 = 256 x 4 x 4 numbers, so 64 pixels are halved
         # four times: kernel 4, stride 2, padding 1. The parameter count agrees (23.570M).
-        layers = [nn.Conv2d(3, channels[0], 7, padding=3), nn.BatchNorm2d(channels[0]), nn.ReLU()]
+        layers = [
+            nn.Conv2d(3, channels[0], 7, padding=3),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(),
+        ]
         for c_in, c_out in zip(channels[:-1], channels[1:]):
-            halve = nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)
-            layers += [halve, nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(c_in, c_out, 4, stride=2, padding=1),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+            ]
         self.cnn = nn.Sequential(*layers)
 
         side = 64 // shrink // 2 ** (len(channels) - 1)  # of the last feature map, in pixels
@@ -82,7 +88,7 @@ class Extractor(nn.Module):
 
     def scalars(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N): all that a unit knows of them."""
-        x = F.avg_pool2d(x, self.shrink)  # (B, 3, H/shrink, W/shrink)
+        x = nn.functional.avg_pool2d(x, self.shrink)  # (B, 3, H/shrink, W/shrink)
         return self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
 
     def price(self, s):
@@ -93,7 +99,8 @@ class Extractor(nn.Module):
         2017). The price, a 0-dim tensor, is the sum over units of log(1 + nats). Its slope falls,
         so to keep a factor in one unit is cheaper than to split it, and units that are not needed
         fall silent. The nats themselves would cost the same for one unit that tells ten hues and
-        for two that tell five and two values: log 10 = log 5 + log 2.
+        for two that tell five and two values: log 10 = log 5 + log 2. How the price's weight rises
+        and falls in training stands in train_stage2.
         """
         log_sigma = 10 * self.log_sigma_tenth  # (N,)
         sigma = log_sigma.exp()
@@ -133,15 +140,13 @@ class FSQ(nn.Module):
 
 
 def main():
-    """Walk two images through the paper-size extractor and print what each step makes of them."""
+    """Two images through the paper-size extractor: prints the shapes, and the parameter count."""
     net = Extractor()
     x = torch.randn(2, 3, 64, 64)
     s = net.scalars(x)
-    print(f"images      {list(x.shape)}")
-    print(f"feature map {list(net.cnn(x).shape)}")
-    print(f"scalars     {list(s.shape)}, one number per unit")
-    print(f"units c     {list(net.expand(s).shape)}, the set that the U-Net cross-attends to")
-    print(f"parameters  {sum(p.numel() for p in net.parameters()):,}; Table 9: 23.570M")
+    print(f"scalars    {list(s.shape)}, one number per unit")
+    print(f"units c    {list(net.expand(s).shape)}, the set that the U-Net cross-attends to")
+    print(f"parameters {sum(p.numel() for p in net.parameters()):,}; Table 9: 23.570M")
 
 
 if __name__ == "__main__":

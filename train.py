@@ -1,8 +1,8 @@
 """Train the whole method (Algorithm 1): data, stage 1, extractor, U-Net, anchors; one checkpoint.
 
-    python train.py --dataset shapes3d --preset minute   # two minutes: three hues, three units
-    python train.py --dataset shapes3d                   # laptop preset on a CPU, paper's on a GPU
-    python train.py --dataset shapes3d --resume          # go on from the checkpoint in --out
+    python train.py --dataset shapes3d                 # laptop preset on a CPU, paper's on a GPU
+    python train.py --dataset shapes3d --preset tiny   # seconds: does everything, learns nothing
+    python train.py --dataset shapes3d --resume        # go on from the checkpoint in --out
     torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
 Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and
@@ -532,7 +532,7 @@ data_dir               data       text       folder of the datasets' files
 source                 auto       auto|official|rendered    of shapes3d: its file or our twin of it
 vary                   ''         text       hold all factors but these: names with commas between
 preset                 ''         paper|laptop|tiny         none: paper on CUDA, laptop on CPU
-out                    ''         text       folder for all that is written; none: out/DATASET-PRESET
+out                    ''         text       folder to write to; none: out/DATASET-PRESET
 resume                 False      0..1       go on from ckpt.pt in --out
 stage1_only            False      0..1       stop after stage 1
 device                 auto       text       auto, cpu, cuda, cuda:1

@@ -5,17 +5,17 @@ A run is a fork of this process, which has torch and the rendered images in memo
 course then takes a few seconds, and a kill is a real one. SLOW=1 adds kills at 20 random moments.
 """
 
-import io
 import json
+import math
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -30,8 +30,9 @@ import resource  # noqa: E402  (Windows has none either)
 
 SMALL = ["--dataset", "shapes3d", "--preset", "tiny", "--device", "cpu", "--fit_images", "100",
          "--ddim_steps", "1", "--dyga.k_max", "8", "--dyga.max_iter", "3"]
-# Three steps of stage 1, four of stage 2, a fit after every second one.
-SHORT = [*SMALL, "--stage1.images", "48", "--images", "128", "--pool_images", "64"]
+# Three steps of stage 1, four of stage 2, a fit after every second one; both optimisers.
+SHORT = [*SMALL, "--stage1.images", "48", "--images", "128", "--pool_images", "64",
+         "--optimizer", "muon"]
 
 
 def start(out, *flags, prepare=lambda: None, **environment):
@@ -69,26 +70,40 @@ def said(out, rank=0):
     return Path(f"{out}-{rank}.txt").read_text().replace("\r", "\n").strip().splitlines()
 
 
-def error(out):
-    """The error line that a run ended with (a bar's last state may follow it)."""
-    lines = [line for line in said(out) if line.startswith("error: ")]
-    assert len(lines) == 1, said(out)
-    return lines[0]
-
-
 def at_call(owner, name, number, action):
-    """Let the number-th call of owner.name do action(*args) in place of the function."""
-    function, calls = getattr(owner, name), []
+    """A prepare(): the number-th call of owner.name begins with action(its arguments)."""
+    def prepare():
+        def counted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                action(*args, **kwargs)
+            return function(*args, **kwargs)
 
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return (action if len(calls) == number else function)(*args, **kwargs)
+        function, calls = getattr(owner, name), []
+        setattr(owner, name, counted)
 
-    setattr(owner, name, counted)
+    return prepare
 
 
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
+def send(number):
+    return lambda *args, **kwargs: os.kill(os.getpid(), number)
+
+
+die = send(signal.SIGKILL)
+
+
+def die_writing_a_checkpoint(descriptor):
+    os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+    die()
+
+
+def die_writing_the_log(run, **row):
+    run.log_path.write_text(run.log_path.read_text() + '{"stage": 2, "ima')
+    die()
+
+
+def fill_the_disk(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
 
 
 def flat(value, name=""):
@@ -123,105 +138,48 @@ def whole(tmp_path_factory):
     return out
 
 
-# ---- killed ----
-
-
-def die_in_stage1():
-    at_call(train, "stage1_losses", 2, die)
-
-
-def die_in_a_fit():
-    at_call(train.DyGA, "fit", 1, die)
-
-
-def die_writing_a_checkpoint():
-    def half(descriptor):
-        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
-        die()
-
-    at_call(os, "fsync", 6, half)
-
-
-def die_writing_the_log():
-    def half(run, **row):
-        run.log_path.write_text(run.log_path.read_text() + '{"stage": 2, "ima')
-        die()
-
-    at_call(train.Run, "log", 6, half)
-
-
-@pytest.mark.parametrize("moment", [die_in_stage1, die_in_a_fit, die_writing_a_checkpoint,
-                                    die_writing_the_log])
-def test_a_killed_run_resumes_and_ends_like_one_that_was_never_killed(moment, whole, tmp_path):
+# Before which call what happens; how the run ends, what it says; stage and images in what is left.
+@pytest.mark.parametrize("moment, code, words, place", [
+    ((train, "stage1_losses", 2, die), -signal.SIGKILL, "", (1, 0)),
+    ((train.DyGA, "fit", 1, die), -signal.SIGKILL, "", (2, 32)),
+    ((os, "fsync", 6, die_writing_a_checkpoint), -signal.SIGKILL, "", (2, 32)),
+    ((train.Run, "log", 6, die_writing_the_log), -signal.SIGKILL, "", (2, 32)),
+    ((train.VQGAN, "encode", 3, send(signal.SIGINT)), 130,  # while the pool is encoded
+     "stopped by signal 2; go on with the same command and --resume", (2, 0)),
+    ((train, "fit_anchors", 1, send(signal.SIGTERM)), 130,  # the step is finished
+     "stopped by signal 15; go on with the same command and --resume", (2, 64)),
+    ((torch, "save", 6, fill_the_disk), 2, "error: .*cannot be written.*File too large", (2, 32))],
+    ids=["stage 1", "fit", "checkpoint", "log", "SIGINT", "SIGTERM", "disk full"])
+def test_a_run_that_is_killed_stopped_or_out_of_disk_resumes_and_ends_like_one_that_was_not(
+        moment, code, words, place, whole, tmp_path):
     out = tmp_path / "run"
-    assert end(start(out, *SHORT, prepare=moment)) == -signal.SIGKILL, said(out)
+    assert end(start(out, *SHORT, prepare=at_call(*moment))) == code, said(out)
+    assert re.search(words, "\n".join(said(out)))
+    ckpt = train.read_checkpoint(out / "ckpt.pt")
+    assert (ckpt["stage"], ckpt["seen"][2]) == place
+    files = {"ckpt.pt", "log.jsonl"}
+    assert code < 0 or {p.name for p in out.iterdir()} == files
     assert end(start(out, *SHORT, "--resume")) == 0, said(out)
     assert_same_end(whole, out)
-    assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl"}  # nothing half-written
+    assert {p.name for p in out.iterdir()} == files  # nothing half-written
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 kills at 20 random moments")
-def test_a_run_killed_at_20_random_moments_ends_like_one_that_was_never_killed(whole, tmp_path):
-    began = time.monotonic()
-    assert end(start(tmp_path / "timed", *SHORT)) == 0
-    longest, draw, kills = time.monotonic() - began, random.Random(0), 0
-    while kills < 20:
-        out = tmp_path / f"{draw.random()}"
-        pid = start(out, *SHORT)
-        time.sleep(draw.uniform(0, longest))
-        os.kill(pid, signal.SIGKILL)
-        kills += end(pid) == -signal.SIGKILL  # else it had ended; to resume must be harmless too
-        resume = ["--resume"] if (out / "ckpt.pt").exists() else []
-        assert end(start(out, *SHORT, *resume)) == 0, said(out)
-        assert_same_end(whole, out)
-
-
-def signalled(number, owner, name, call):
-    """A prepare() that sends itself a signal before this call, then goes on with it."""
-    def prepare():
-        function = getattr(owner, name)
-
-        def send(*args, **kwargs):
-            os.kill(os.getpid(), number)
-            return function(*args, **kwargs)
-
-        at_call(owner, name, call, send)
-
-    return prepare
-
-
-@pytest.mark.parametrize("number, owner, name, call, seen", [
-    (signal.SIGINT, train.VQGAN, "encode", 3, 0),  # while the pool is encoded
-    (signal.SIGTERM, train, "fit_anchors", 1, 64)])  # the step in which it came is finished
-def test_a_signal_makes_the_run_save_say_how_to_resume_and_leave(
-        number, owner, name, call, seen, whole, tmp_path):
-    out = tmp_path / "run"
-    prepare = signalled(number, owner, name, call)
-    assert end(start(out, *SHORT, prepare=prepare)) == 130
-    words = f"stopped by signal {int(number)}; go on with the same command and --resume"
-    assert words in said(out)
-    kept = train.read_checkpoint(out / "ckpt.pt")
-    assert (kept["stage"], kept["seen"][2]) == (2, seen)
-    assert end(start(out, *SHORT, "--resume")) == 0, said(out)
+@pytest.mark.parametrize("number", range(20))
+def test_a_run_killed_at_a_random_moment_ends_like_one_that_was_never_killed(
+        number, whole, tmp_path):
+    out, longest = tmp_path / "run", 60 * train.read_checkpoint(whole / "ckpt.pt")["minutes"]
+    pid = start(out, *SHORT)
+    time.sleep(random.Random(number).uniform(0, longest))
+    os.kill(pid, signal.SIGKILL)
+    end(pid)  # if it had ended before, to resume must be harmless too
+    resume = ["--resume"] if (out / "ckpt.pt").exists() else []
+    assert end(start(out, *SHORT, *resume)) == 0, said(out)
     assert_same_end(whole, out)
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_checkpoint_before_it(whole, tmp_path):
-    def no_room(*args):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-        return save(*args)
-
-    save, out = torch.save, tmp_path / "run"
-    assert end(start(out, *SHORT, prepare=lambda: at_call(torch, "save", 6, no_room))) == 2
-    assert "cannot be written" in error(out) and "File too large" in error(out)
-    assert train.read_checkpoint(out / "ckpt.pt")["seen"][2] == 32
-    assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl"}
-    assert end(start(out, *SHORT, "--resume")) == 0, said(out)
-    assert_same_end(whole, out)
-
-
-def test_a_second_run_in_the_folder_of_a_living_one_is_refused_a_dead_ones_folder_is_not(tmp_path):
-    out = tmp_path / "run"
+def test_a_folder_of_any_name_is_refused_while_a_run_writes_there_and_taken_when_it_died(tmp_path):
+    out = Path(os.fsdecode(bytes(tmp_path / "caf") + b"\xe9"))  # no terminal can show this
     out.mkdir()
     held = train.lock(out / "log.jsonl")
     (out / ".123-ckpt.pt").write_text("what the first run is writing")
@@ -229,24 +187,14 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_refused_a_dead_ones_folde
     assert len(said(out)) == 1 and "another run writes there" in said(out)[0]
     assert (out / ".123-ckpt.pt").exists()
     held.close()  # as when its process ends
-    assert end(start(out, *SHORT)) == 0, said(out)
-
-
-def test_a_folder_whose_name_the_terminal_cannot_show_is_written_to(tmp_path):
-    out = Path(os.fsdecode(bytes(tmp_path / "caf") + b"\xe9"))
     assert end(start(out, *SHORT, "--stage1_only")) == 0, said(out)
-    assert (out / "ckpt.pt").exists()
-
-
-# ---- damaged checkpoints ----
 
 
 @pytest.fixture
 def small(tmp_path):
     """A small file like a checkpoint, and what it holds."""
-    generator = torch.Generator().manual_seed(0)
-    state = {"format": train.FORMAT, "config": train.default_settings(), "stage": 2,
-             "model": {"w": torch.randn(200, generator=generator)}}
+    weights = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    state = {"format": train.FORMAT, "config": train.default_settings(), "model": weights}
     torch.save(state, tmp_path / "ckpt.pt")
     return tmp_path / "ckpt.pt", state
 
@@ -261,25 +209,19 @@ def refused(path):
     return ""
 
 
-def test_a_flipped_bit_in_a_weight_which_torch_does_not_notice_is_refused(small):
-    path, state = small
-    raw = bytearray(path.read_bytes())
-    raw[raw.index(state["model"]["w"].numpy().tobytes()) + 100] ^= 1
-    path.write_bytes(raw)
-    assert not torch.equal(torch.load(path)["model"]["w"], state["model"]["w"])
-    assert "damaged" in refused(path)
-
-
-def test_of_100_flipped_bits_each_is_refused_or_changes_nothing(small):
+def test_a_flipped_bit_in_a_weight_is_refused_and_100_others_are_or_change_nothing(small):
     path, state = small
     raw, draw, harmless = path.read_bytes(), random.Random(0), 0
-    for _ in range(100):
+    weight = raw.index(state["model"].numpy().tobytes()) + 100
+    for place in [weight] + [draw.randrange(len(raw)) for _ in range(100)]:
         bad = bytearray(raw)
-        bad[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+        bad[place] ^= 1 << draw.randrange(8)
         path.write_bytes(bad)
-        if not refused(path):  # the flip hit padding, or a date
+        if place == weight:  # torch does not notice
+            assert not torch.equal(torch.load(path)["model"], state["model"]) and refused(path)
+        elif not refused(path):  # the flip hit padding, or a date
             found, harmless = train.read_checkpoint(path), harmless + 1
-            assert torch.equal(found["model"]["w"], state["model"]["w"])
+            assert torch.equal(found["model"], state["model"])
             assert found["config"] == state["config"]
     assert harmless < 50
 
@@ -291,31 +233,20 @@ def test_files_cut_short_foreign_or_of_another_format_are_refused(small):
                     *(raw[:n] for n in range(0, len(raw), len(raw) // 40))]:
         path.write_bytes(content)
         assert "damaged" in refused(path)
-    for change in ({"format": train.FORMAT - 1}, {"format": None}):
-        torch.save(state | change, path)
+    for version in (train.FORMAT - 1, None):
+        torch.save(state | {"format": version}, path)
         assert f"format {train.FORMAT}" in refused(path) and "released" in refused(path)
 
 
-@pytest.mark.parametrize("kind", ["torch", "old torch", "pickle", "inside a valid zip"])
+@pytest.mark.parametrize("kind", ["torch", "old torch", "pickle"])
 def test_code_in_a_file_is_not_executed(kind, small):
     path, trap = small[0], small[0].with_name("executed")
-
-    class Hostile:
-        def __reduce__(self):
-            return os.system, (f"touch {trap}",)
-
-    if kind in ("torch", "old torch"):
-        hostile, new = {"format": train.FORMAT, "config": Hostile()}, kind == "torch"
-        torch.save(hostile, path, _use_new_zipfile_serialization=new)
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps(Hostile()))
-    else:  # the pickle of a good checkpoint exchanged, all checksums right
-        with zipfile.ZipFile(path) as good:
-            parts = {name: good.read(name) for name in good.namelist()}
-        with zipfile.ZipFile(path, "w") as bad:
-            for name, content in parts.items():
-                code = name.endswith("data.pkl")
-                bad.writestr(name, pickle.dumps(Hostile(), 2) if code else content)
+    hostile = type("Hostile", (), {"__reduce__": lambda _: (os.system, (f"touch {trap}",))})()
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(hostile))
+    else:  # a valid zip, all checksums right; or the format before it
+        held = {"format": train.FORMAT, "config": hostile}
+        torch.save(held, path, _use_new_zipfile_serialization=kind == "torch")
     assert refused(path) and not trap.exists()
 
 
@@ -325,59 +256,50 @@ def test_code_in_a_file_is_not_executed(kind, small):
     lambda ckpt: ckpt["model"].update({"unet.conv_in.weight": torch.zeros(2)})],
     ids=["no model", "stage two", "no optimiser", "other shape"])
 def test_a_checkpoint_with_a_wrong_part_is_refused_in_one_line(change, whole, tmp_path):
-    ckpt = train.read_checkpoint(whole / "ckpt.pt")
+    ckpt, out = train.read_checkpoint(whole / "ckpt.pt"), tmp_path / "run"
     change(ckpt)
-    (tmp_path / "run").mkdir()
-    torch.save(ckpt, tmp_path / "run" / "ckpt.pt")
-    assert end(start(tmp_path / "run", *SHORT, "--resume")) == 2
-    assert len(said(tmp_path / "run")) == 1 and said(tmp_path / "run")[0].startswith("error: ")
+    out.mkdir()
+    torch.save(ckpt, out / "ckpt.pt")
+    assert end(start(out, *SHORT, "--resume")) == 2
+    assert len(said(out)) == 1 and said(out)[0].startswith("error: ")
 
 
-# ---- numbers ----
+def spoil_the_gradient(unet, z0, c_tilde, *rest):
+    c_tilde.register_hook(lambda gradient: gradient * math.nan)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_names_stage_and_checkpoint(tmp_path):
-    def steep(unet, z0, c_tilde, *args):
-        return loss(unet, z0, c_tilde, *args) + (0 * c_tilde.sum()).sqrt()  # slope: infinite
+def spoil_the_units(model, images):
+    torch.nn.init.constant_(model.extractor.to_scalars[-1].bias, math.nan)
 
-    loss, out = train.diffusion_loss, tmp_path / "run"
-    assert end(start(out, *SHORT, prepare=lambda: at_call(train, "diffusion_loss", 3, steep))) == 2
-    for words in ("stage 2, image 96", "'grad_norm': nan", str(out / "ckpt.pt"), "--lr"):
-        assert words in error(out)
+
+@pytest.mark.parametrize("moment, seen, words", [
+    ((train, "diffusion_loss", 3, spoil_the_gradient), 64,
+     ["stage 2, image 96", "'grad_norm': nan", "ckpt.pt", "--lr"]),
+    ((train.Model, "units", 1, spoil_the_units), 32, ["units are not finite", "--lr"])])
+def test_numbers_that_are_not_finite_end_the_run_in_one_line_and_are_not_saved(
+        moment, seen, words, tmp_path):
+    out = tmp_path / "run"
+    assert end(start(out, *SHORT, prepare=at_call(*moment))) == 2
+    errors = [line for line in said(out) if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words)
     kept = train.read_checkpoint(out / "ckpt.pt")
-    assert kept["seen"][2] == 64 and all(w.isfinite().all() for w in kept["model"].values())
+    assert kept["seen"][2] == seen and all(w.isfinite().all() for w in kept["model"].values())
 
 
-def test_units_that_are_not_finite_are_not_fitted_and_end_the_run_in_one_line(tmp_path):
-    def bad(model, images):
-        return units(model, images) * float("nan")
-
-    units, out = train.Model.units, tmp_path / "run"
-    assert end(start(out, *SHORT, prepare=lambda: at_call(train.Model, "units", 1, bad))) == 2
-    assert "units are not finite" in error(out)
-
-
-# ---- many processes (plain DistributedDataParallel): the same course, not the same numbers ----
-
-
-def start_together(out, *flags, prepares):
-    """A run of several processes, one for each prepare(): their numbers."""
+def start_together(out, *flags, second=lambda: None):
+    """A run of two processes, the second one after second(): their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    meeting = {"WORLD_SIZE": str(len(prepares)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                "TORCHELASTIC_RUN_ID": "test"}  # what torchrun sets
-    return [start(out, *flags, prepare=prepare, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
-            for rank, prepare in enumerate(prepares)]
-
-
-def nothing():
-    pass
+    return [start(out, *flags, prepare=prepare, RANK=rank, LOCAL_RANK=rank, **meeting)
+            for rank, prepare in (("0", lambda: None), ("1", second))]
 
 
 def test_two_processes_learn_as_one_does_and_one_of_them_writes(tmp_path):
     flags = [*SMALL, "--stage1.images", "16", "--images", "1280", "--pool_images", "640"]
-    pids = start_together(tmp_path / "two", *flags, prepares=[nothing, nothing])
+    pids = start_together(tmp_path / "two", *flags)
     assert [end(pid) for pid in pids] == [0, 0], said(tmp_path / "two")
     assert said(tmp_path / "two", rank=1) == []  # one process speaks
     assert end(start(tmp_path / "one", *flags)) == 0, said(tmp_path / "one")
@@ -390,15 +312,8 @@ def test_two_processes_learn_as_one_does_and_one_of_them_writes(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_others_with_an_error(tmp_path):
-    def second():
-        at_call(train, "diffusion_loss", 2, die)
-
-    pids = start_together(tmp_path / "run", *SHORT, prepares=[nothing, second])
+    dies = at_call(train, "diffusion_loss", 2, die)
+    pids = start_together(tmp_path / "run", *SHORT, second=dies)
     assert end(pids[1]) == -signal.SIGKILL
     assert end(pids[0]) == 1, said(tmp_path / "run")  # and does not wait for ever
     assert train.read_checkpoint(tmp_path / "run" / "ckpt.pt")["seen"][2] == 32
-
-
-def test_a_batch_that_cannot_be_split_is_refused():
-    with pytest.raises(data.UserError, match="--batch.*: found 512, expected a multiple of 3"):
-        train.check_settings(train.default_settings(), world=3)

@@ -1,7 +1,7 @@
 """Does a line mix tensors of two devices? train.py and evaluate.py on a pretended GPU.
 
 A Pretended tensor says that it is on cuda:0, its numbers are in a CPU tensor: all is computed. Not
-seen: official files, FID, torchrun, bfloat16 (torch refuses it without a GPU), what CUDA lacks.
+seen: official files, torchrun, bfloat16 (torch refuses it without a GPU), what CUDA lacks.
 """
 
 import sys
@@ -15,18 +15,17 @@ from torch.utils._pytree import tree_map
 import evaluate
 import train
 
-TRAIN = ("--dataset shapes3d --source rendered --preset tiny --stage1.images 32 --images 64 "
-         "--pool_images 32 --fit_images 40 --ddim_steps 2 --dyga.k_max 4 --dyga.k_init 2 "
-         "--unet.multipliers 1 --extractor.n_units 3").split()
+# 480 images; two steps of stage 1, two of stage 2, a fit after each.
+TRAIN = ("--dataset shapes3d --source rendered --vary shape,scale,orientation --preset tiny "
+         "--stage1.images 32 --images 64 --pool_images 32 --fit_images 40 --ddim_steps 2 "
+         "--dyga.k_max 4 --dyga.k_init 2 --unet.multipliers 1 --extractor.n_units 3").split()
 
 
 class Pretended(torch.Tensor):
-    device, is_meta = torch.device("cuda:0"), False
-    __torch_dispatch__ = "not used: Pretence comes first"
-    __getitem__ = lambda self, place: torch.Tensor.__getitem__(self, indices(place))
-    __setitem__ = lambda self, place, x: torch.Tensor.__setitem__(self, indices(place), x)
-    tolist = lambda self: self.held.tolist()
-    __reduce_ex__ = lambda self, protocol: self.held.__reduce_ex__(protocol)  # saved as plain
+    """A tensor that says it is on cuda:0; its numbers are in the CPU tensor `held`."""
+
+    device, is_meta = torch.device("cuda:0"), False  # what Python code is told
+    __torch_dispatch__ = "must be there, but Pretence comes first"
 
     def __new__(cls, held):  # C++ is told "meta": its autograd refuses cuda without a GPU
         assert held.device.type == "cpu"
@@ -35,14 +34,23 @@ class Pretended(torch.Tensor):
         self.held = held
         return self
 
+    # What torch does in C++ beside its operations would find no numbers on "meta".
+    __getitem__ = lambda self, place: torch.Tensor.__getitem__(self, indices(place))
+    __setitem__ = lambda self, place, x: torch.Tensor.__setitem__(self, indices(place), x)
+    tolist = lambda self: self.held.tolist()
+    __reduce_ex__ = lambda self, protocol: self.held.__reduce_ex__(protocol)  # saved as plain
 
-def indices(place):  # on "meta" a list would lose its numbers
+
+def indices(place):
+    """What stands in [...], with lists and arrays as pretended tensors."""
     if isinstance(place, tuple):
         return tuple(map(indices, place))
     return torch.tensor(place, device="cuda:0") if isinstance(place, (list, np.ndarray)) else place
 
 
 class Pretence(TorchDispatchMode):
+    """Every operation of torch comes by here: computed on what is held, refused if it mixes."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         there, here = {}, []  # pretended tensors by what they hold; the CPU's
 
@@ -77,7 +85,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda x, device="cpu", **o: made(x, **o).to(device))
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
-    monkeypatch.setattr(train, "in_bfloat16", lambda device: False)  # refused without a GPU
+    monkeypatch.setattr(train, "in_bfloat16", lambda device: False)
     train.data.weight_maps()  # always on the CPU, and kept
     with Pretence():
         yield
@@ -100,19 +108,17 @@ def test_no_line_of_a_run_its_resumption_or_its_evaluation_mixes_devices(
         monkeypatch.setattr(sys, "argv", ["", *flags, "--device", "cuda:0"])
         module.main()
 
+    def stop_in_stage_2(run):
+        run.stopped_by = run.seen[2]
+        stop(run)
+
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     monkeypatch.setattr(train, "LOG_STEPS", 1)
     monkeypatch.setattr(evaluate, "ACTIVE", 0.0)  # so that there are anchors to look at
-    flags = [*TRAIN, *more.split(), "--out", str(tmp_path)]
-    stop = train.Run.stop_if_signalled
-
-    def stop_in_stage_2(run):
-        run.stopped_by = 15 if run.seen[2] else None
-        stop(run)
-
+    flags, stop = [*TRAIN, *more.split(), "--out", str(tmp_path)], train.Run.stop_if_signalled
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train.Run, "stop_if_signalled", stop_in_stage_2)
         run(train, *flags)
     run(train, *flags, "--resume")
-    run(evaluate, str(tmp_path / "ckpt.pt"), "--quick", "--only", "mig,figures")
+    run(evaluate, str(tmp_path / "ckpt.pt"), "--quick", "--only", "mig,control,figures")
     assert train.read_checkpoint(tmp_path / "ckpt.pt")["finished"]

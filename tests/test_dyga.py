@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -49,26 +47,22 @@ def fitted(levels=(3, 5, CONTINUOUS), n=2000, seed=0, **options):
     return DyGA(len(levels), **options).fit(c), c
 
 
-# ---- HDDC ----
-
-
-def test_with_all_directions_but_one_kept_em_is_scikit_learns_full_gaussian_mixture(monkeypatch):
+def test_em_with_all_directions_but_one_is_scikit_learns_and_drops_empty_components(monkeypatch):
     monkeypatch.setattr(dyga, "FLOOR", 0.0)
     x, r = overlapping()
-    m = m_step(x, r, 5, 5)
+    m = m_step(x, torch.cat([0 * r[:2], r]), 5, 5)
     found, history, _ = em(x, m, 7, -math.inf, 5)
-    reference = GaussianMixture(4, tol=0, reg_covar=0, max_iter=7,
-                                weights_init=m.log_pi.exp().numpy(), means_init=m.mu.numpy(),
-                                precisions_init=covariance(m).inverse().numpy())
+    peer = GaussianMixture(4, tol=0, reg_covar=0, max_iter=7, weights_init=m.log_pi.exp().numpy(),
+                           means_init=m.mu.numpy(), precisions_init=covariance(m).inverse().numpy())
     with pytest.warns(Warning):  # it warns that it has not converged
-        reference.fit(x.numpy())
-    assert reference.n_iter_ == len(history) == 7
+        peer.fit(x.numpy())
+    assert peer.n_iter_ == len(history) == 7
     r, likelihood = e_step(x, found)
-    for ours, theirs in ((found.mu, reference.means_), (r.T, reference.predict_proba(x.numpy())),
-                         (covariance(found), reference.covariances_),
-                         (found.log_pi.exp(), reference.weights_)):
+    for ours, theirs in ((found.mu, peer.means_), (r.T, peer.predict_proba(x.numpy())),
+                         (covariance(found), peer.covariances_),
+                         (found.log_pi.exp(), peer.weights_)):
         assert np.abs(ours.numpy() - theirs).max() < 1e-6
-    assert math.isclose(likelihood / len(x), reference.score(x.numpy()), rel_tol=1e-9)
+    assert math.isclose(likelihood / len(x), peer.score(x.numpy()), rel_tol=1e-9)
 
 
 def test_the_cost_is_the_gaussian_density_with_the_tied_covariance():
@@ -84,41 +78,24 @@ def test_the_cost_is_the_gaussian_density_with_the_tied_covariance():
         assert torch.allclose(together[1, 3 - k], cost(x, m, 8)[k])
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 60.0])  # every sample counts; most are below rounding
-def test_the_m_step_is_the_weighted_mean_and_covariance_and_drops_empty_components(sharpness):
-    x, _ = overlapping(n=301, D=5)
-    r = (sharpness * torch.randn(3, 301, generator=generator(), dtype=torch.float64)).softmax(0)
-    m = m_step(x, torch.cat([r, 0 * r]), 4, 4)
-    assert len(m.mu) == 3 and all(t.isfinite().all() for t in m)
-    for k, weights in enumerate(r.numpy()):
-        assert np.allclose(m.log_pi[k].exp(), weights.mean())
-        assert np.allclose(m.mu[k], np.average(x.numpy(), axis=0, weights=weights))
-        assert np.allclose(covariance(m)[k], np.cov(x.numpy().T, bias=True, aweights=weights))
-
-
 def test_scree_stops_after_the_last_drop_above_a_fifth_of_the_largest():
     spectra = torch.tensor([[10.0, 1, 0.9, 0.8], [10, 9, 8, 0], [10, 10, 10, 10], [10, 4, 3, 2.9]])
     assert scree(spectra).tolist() == [1, 3, 1, 1]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_likelihood_never_falls_although_d_is_chosen_anew_and_em_ends_as_it_rises_by_tol(seed):
-    x, r = overlapping(D=8, seed=seed)
+# In float32 a cost is a difference of numbers of size D / FLOOR, 8,000, rounded to 1e-3.
+@pytest.mark.parametrize("seed, dtype, rounding", [
+    *((seed, torch.float64, 1e-13) for seed in range(3)), (0, torch.float32, 1e-3)])
+def test_the_likelihood_never_falls_although_d_is_chosen_anew_and_em_ends_as_it_rises_by_tol(
+        seed, dtype, rounding):
+    x, r = (t.to(dtype) for t in overlapping(D=8, seed=seed))
     m = m_step(x, r, 1, 5)
     found, history, converged = em(x, m, 40, -math.inf, 5)
-    assert (np.diff(history) >= -1e-10 * np.abs(history[:-1])).all()
-    assert (found.d >= m.d).all() and len(history) == 40 and not converged
+    assert (np.diff(history) >= -rounding * len(x)).all() and len(history) == 40 and not converged
+    assert (found.d >= m.d).all() and found.mu.dtype == dtype
     _, history, converged = em(x, m, 200, 1e-3, 5)
     rises = np.diff(history) / len(x)
     assert converged and rises[-1] <= 1e-3 < rises[:-1].min()
-
-
-def test_the_reported_likelihood_of_a_float32_fit_falls_by_rounding_at_most():
-    model, c = fitted((1, 4, 12, CONTINUOUS), tol=-1)
-    # A cost is a difference of numbers of size D / FLOOR = 32,000, which float32 rounds to 1e-3.
-    for history in sum(model.report["log_likelihood"], ()):
-        assert len(history) == model.max_iter and (np.diff(history) >= -1e-3 * len(c)).all()
-    assert model.report["converged"] == [False] * 4
 
 
 def test_units_do_not_influence_each_other_and_anchors_shift_and_scale_with_them():
@@ -131,19 +108,17 @@ def test_units_do_not_influence_each_other_and_anchors_shift_and_scale_with_them
     assert torch.allclose(8 * model.anchors[model.mask] - 3, moved.anchors[moved.mask], atol=1e-3)
 
 
-# ---- how many anchors: split and filter ----
-
-
 @pytest.mark.parametrize("accept, k_init, n", [("always", 8, 2500), ("bic", 1, 5000)])
 def test_the_papers_rule_finds_pure_anchors_and_bic_finds_the_number_of_levels(accept, k_init, n):
     levels = [1 + i % 12 for i in range(20)]
     c, level = toy_units(levels, n, generator())
+    c[5, 2] = 1e6  # an outlier does not hide them
     model = DyGA(20, k_init=k_init, accept=accept).fit(c)
     owner, level, K = model.nearest(c)[1].numpy(), level.numpy(), model.mask.sum(1)
     assert sum(purity(owner[:, i], level[:, i]) >= 0.99 for i in range(20)) >= 19
-    exact = sum(K[i] == levels[i] and adjusted_rand_score(level[:, i], owner[:, i]) > 0.95
-                for i in range(20))
-    assert exact >= 18 or accept == "always"
+    exact = [K[i] == levels[i] and adjusted_rand_score(level[:, i], owner[:, i]) > 0.95
+             for i in range(20)]
+    assert accept == "always" or (sum(exact) >= 18 and exact[2])
 
 
 @pytest.mark.parametrize("options, anchors", [
@@ -154,8 +129,8 @@ def test_the_papers_rule_finds_pure_anchors_and_bic_finds_the_number_of_levels(a
 def test_clusters_are_split_if_they_are_wide_and_once_at_random(options, anchors):
     model, _ = fitted((2, 6), seed=3, k_init=1, **options)
     assert model.mask.sum(1).tolist() == anchors
-    assert [(unit["hddc"], unit["split"]) for unit in model.report["anchors"]] == [
-        (1, K) for K in anchors]
+    steps = [(unit["hddc"], unit["split"]) for unit in model.report["anchors"]]
+    assert steps == [(1, K) for K in anchors]
     assert torch.allclose((model.log_pi.exp() * model.mask).sum(1), torch.ones(2))
 
 
@@ -173,14 +148,13 @@ def test_small_clusters_are_dropped_and_the_rest_refitted():
     c, _ = toy_units([3], 2000, generator(), noise=0.02)
     c[:6] += 40.0  # six samples far away, and of one kind
     model = DyGA(1, k_init=6).fit(c)
-    (steps,) = model.report["anchors"]
+    (steps,), ((first, last),) = model.report["anchors"], model.report["log_likelihood"]
     assert list(steps) == ["hddc", "split", "filter", "refit"]
+    assert model.report["converged"] == [True] and len(first) <= 30 and last[0] <= last[-1]
     assert steps["filter"] < steps["split"] and steps["refit"] == model.mask.sum()
     anchors, size = model.anchors[0][model.mask[0]], model.nearest(c)[1][:, 0].bincount()
     assert (anchors - c[0, 0]).norm(dim=1).min() > 20 and size.min() >= 10
 
-
-# ---- hard input ----
 
 UNITS, _ = toy_units([3, CONTINUOUS], 400, generator(), dim=8)
 SPOILT = UNITS.clone()
@@ -210,14 +184,6 @@ def test_hard_input_gives_finite_anchors_and_the_same_ones_again(c, options):
         assert torch.allclose(model.anchors[i, 0], c[0, i].float())
 
 
-def test_one_outlier_does_not_hide_the_levels():
-    c, level = toy_units([3], 3000, generator())
-    c[5, 0] = 1e6
-    model = DyGA(1, k_init=1, accept="bic").fit(c)
-    owner = model.nearest(c)[1][:, 0].numpy()
-    assert model.mask.sum() == 3 and purity(owner, level[:, 0].numpy()) > 0.99
-
-
 def test_nan_inf_wrong_shapes_and_settings_raise_an_error_and_nothing_is_half_fitted():
     c, _ = toy_units([2, 2, 2], 50, generator())
     c[3, 1, 4], c[9, 2, 0] = math.nan, math.inf
@@ -228,10 +194,9 @@ def test_nan_inf_wrong_shapes_and_settings_raise_an_error_and_nothing_is_half_fi
         with pytest.raises(ValueError, match=r"expected floats of shape \(n >= 1, 3, 32\)"):
             model.fit(wrong)
     assert not model.mask.any()
-    for options in (dict(accept="aic"), dict(k_init=0), dict(dim=1),
-                    dict(max_iter=0), dict(d_max=0)):
+    for wrong in (dict(accept="aic"), dict(k_init=0), dict(dim=1), dict(max_iter=0), dict(d_max=0)):
         with pytest.raises(ValueError, match="expected always or bic, 2 <= dim, the others"):
-            DyGA(3, **options)
+            DyGA(3, **wrong)
 
 
 def test_a_fit_is_repeatable_moves_no_global_random_state_ignores_autocast_and_can_be_loaded():
@@ -245,9 +210,6 @@ def test_a_fit_is_repeatable_moves_no_global_random_state_ignores_autocast_and_c
     assert torch.equal(c_tilde, a.align(UNITS)) and not list(a.parameters())
     other.load_state_dict(a.state_dict())
     assert torch.equal(other.align(UNITS), c_tilde)
-
-
-# ---- alignment ----
 
 
 def test_align_is_equation_6_with_the_anchor_of_highest_responsibility():
@@ -302,49 +264,41 @@ def test_delta_depends_on_the_sample_and_unit_alone_so_one_zero_does_not_switch_
     assert released < 1e-4 * model.lam < 0.5 * model.lam < model.delta(disturbed)[:, 0].mean()
 
 
-# ---- plugged into another model (section 4.3), and run as a script ----
-
-
-def margin_purity_error(lam):
-    """Train an autoencoder of one unit on a soft bar at one of 5 heights, each up to 30% of a step
-    off. Of the decoder's units: mean margin (1 on an anchor, 0 between two), purity; then error."""
-    seed = generator()
-    height = torch.randint(5, (2_000,), generator=seed)
-    place = (height + 0.5 + 0.6 * (torch.rand(2_000, generator=seed) - 0.5)) / 2.5 - 1
-    images = torch.exp(-((torch.linspace(-1, 1, 16) - place[:, None]) / 0.15) ** 2)  # (2000, 16)
-    with torch.random.fork_rng():
+def test_plugged_into_an_autoencoder_its_decoder_sees_units_that_stand_clearer_apart():
+    # Images (2000, 16): a soft bar at one of 5 heights, each up to 30% of a step off.
+    height, draw = torch.randint(5, (2_000,), generator=generator()), generator(1)
+    place = (height + 0.5 + 0.6 * (torch.rand(2_000, generator=draw) - 0.5)) / 2.5 - 1
+    images = torch.exp(-((torch.linspace(-1, 1, 16) - place[:, None]) / 0.15) ** 2)
+    margins = []  # mean over images: 1 on an anchor, 0 between two
+    # lambda 0.01, not 0: it fits anchors all the same, and hardly moves a unit. Purity cannot tell
+    # the two apart: in this toy it is 0.99 either way, in noisier ones seeds differ by more.
+    for lam in (0.01, 0.9):
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1), nn.Linear(1, 32),
                                 nn.ReLU(), nn.Linear(32, 8), nn.Unflatten(1, (1, 8)))  # (B, 1, 8)
         decoder = nn.Sequential(nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 16))
-    model = DyGA(1, 8, k_init=1, accept="bic", lam=lam)
-    opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
-    for step in range(1, 401):
-        batch = images[torch.randint(2_000, (128,), generator=seed)]
-        loss = (decoder(model.align(encoder(batch))) - batch).square().mean()
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        if step % 100 == 0:
-            model.fit(encoder(images))
-    c_tilde = model.align(encoder(images)).detach()
-    near = torch.cdist(c_tilde[:, 0], model.anchors[0][model.mask[0]]).sort(1).values
-    owner = model.nearest(c_tilde)[1][:, 0].numpy()
-    return (1 - near[:, 0] / near[:, 1]).mean(), purity(owner, height.numpy()), loss.item()
+        model = DyGA(1, 8, k_init=1, accept="bic", lam=lam)
+        opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
+        for step in range(1, 401):
+            batch = images[torch.randint(2_000, (128,))]
+            loss = (decoder(model.align(encoder(batch))) - batch).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            if step % 100 == 0:
+                model.fit(encoder(images).detach())
+        c_tilde = model.align(encoder(images)).detach()
+        near = torch.cdist(c_tilde[:, 0], model.anchors[0][model.mask[0]]).sort(1).values
+        margins.append((1 - near[:, 0] / near[:, 1]).mean())
+        owner = model.nearest(c_tilde)[1][:, 0].numpy()
+        assert purity(owner, height.numpy()) > 0.95 and loss < 0.01
+    assert margins[1] > margins[0] + 0.05
 
 
-def test_plugged_into_an_autoencoder_its_decoder_sees_units_that_stand_clearer_apart():
-    # lambda 0.01, not 0: it fits anchors all the same, and hardly moves a unit. Purity cannot tell
-    # the two apart: in this toy it is 0.99 either way, in noisier ones seeds differ by more.
-    (without, _, _), (margin, pure, error) = margin_purity_error(0.01), margin_purity_error(0.9)
-    assert margin > without + 0.05 and pure > 0.95 and error < 0.01
-
-
-def test_running_the_file_prints_the_anchors_and_draws_the_picture(tmp_path):
-    done = subprocess.run([sys.executable, dyga.__file__], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_running_the_file_prints_the_anchors_and_draws_the_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dyga.main()
     levels, paper, bic = (json.loads(line[line.index("["):line.index("]") + 1])
-                          for line in done.stdout.splitlines())
+                          for line in capsys.readouterr().out.splitlines())
     assert paper[0] == bic[0] == 1 and bic[levels.index(5)] == 5
     assert (tmp_path / "out" / "dyga.png").stat().st_size > 3_000

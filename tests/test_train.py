@@ -1,6 +1,7 @@
 """Facts about the run: command line, settings, checkpoint, log, determinism, resuming."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,9 @@ TINY = ["--dataset", "shapes3d", "--preset", "tiny", "--device", "cpu"]
 # A course of a few steps: two fits of the anchors and several rows of the log.
 SHORT = [*TINY, "--stage1.images", "96", "--images", "320", "--pool_images", "128", "--fit_images",
          "150", "--ddim_steps", "2", "--dyga.k_max", "8", "--dyga.max_iter", "5"]
+# One step of each stage.
+SHORTEST = [*SHORT, "--stage1.images", "8", "--stage1.batch", "8", "--images", "8", "--batch", "8",
+            "--fit_images", "20", "--ddim_steps", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +40,18 @@ def run_main(monkeypatch, *flags):
     return 0
 
 
-def rows(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def rows(out, having="images"):
+    found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row for row in found if having in row]
+
+
+def kept(out, name):
+    """What a checkpoint holds under this name."""
+    return train.read_checkpoint(out / "ckpt.pt")[name]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -50,31 +64,20 @@ def finished(tmp_path_factory):
     return out, result
 
 
-# ---- what a run writes and says ----
-
-
-def test_a_run_writes_its_three_files_and_says_what_was_chosen(finished):
+def test_a_run_says_what_was_chosen_and_writes_pictures_and_a_log_of_losses_and_anchors(finished):
     out, result = finished
     assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl", "samples.png"}
+    assert {"psnr", "codes_used", "adversarial_weight", "disc_loss"} <= rows(out)[0].keys()
+    assert rows(out, "reconstruction_psnr") and rows(out, "loss")[-1]["images"] == 320
+    assert [row["of"] for row in rows(out, "anchors")] == ["training", "training", "average"]
+    assert all(len(row["anchors"]) == 6 for row in rows(out, "anchors"))
     first, second = result.stdout.splitlines()[:2]
     assert "rendered twin" in first
     for word in ("preset tiny", "device cpu", "float32", str(out)):
         assert word in second
-
-
-def test_without_a_terminal_progress_comes_in_plain_lines_not_a_rewritten_one(finished):
-    lines = [line for line in finished[1].stderr.split("\n") if "stage 2" in line]
-    assert 1 <= len(lines) <= 4 and all(line.count("images") <= 2 for line in lines)
-
-
-def test_log_has_losses_and_anchors(finished):
-    found = rows(finished[0])
-    assert {"psnr", "codes_used", "adversarial_weight", "disc_loss"} <= found[0].keys()
-    assert any("reconstruction_psnr" in row for row in found)
-    assert [row["images"] for row in found if "loss" in row][-1] == 320
-    fits = [row for row in found if "anchors" in row]
-    assert [row["of"] for row in fits] == ["training", "training", "average"]
-    assert all(len(row["anchors"]) == 6 for row in fits)
+    # Progress comes in plain lines: no terminal here, in which to write one over and over.
+    progress = [line for line in result.stderr.split("\n") if "stage 2" in line]
+    assert 1 <= len(progress) <= 4 and all(line.count("images") <= 2 for line in progress)
 
 
 def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
@@ -93,8 +96,7 @@ def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
 
 def test_a_run_takes_numbers_too_small_for_full_precision_as_zero(monkeypatch):
     # Else momenta that die out make the optimiser twenty times slower on some CPUs.
-    supported = torch.set_flush_denormal(False)
-    small = torch.full((1_000,), 1.5e-38)
+    supported, small = torch.set_flush_denormal(False), torch.full((1_000,), 1.5e-38)
     assert (small / 2 > 0).all()
     assert run_main(monkeypatch, "--help") == 0  # it is the first thing that main does
     assert (small / 2 > 0).any() != supported
@@ -111,31 +113,19 @@ def test_a_run_in_bfloat16_has_float32_weights_and_losses_near_those_of_float32(
         finished, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "in_bfloat16", lambda device: True)
     assert run_main(monkeypatch, *SHORT, "--out", tmp_path) == 0
-    half = [row["loss"] for row in rows(tmp_path) if "loss" in row]
-    exact = [row["loss"] for row in rows(finished[0]) if "loss" in row]
+    half, exact = ([row["loss"] for row in rows(out, "loss")] for out in (tmp_path, finished[0]))
     assert half[-1] != exact[-1]
     assert sum(half) / len(half) == pytest.approx(sum(exact) / len(exact), rel=0.03)
-    model = train.read_checkpoint(tmp_path / "ckpt.pt")["model"]
-    trained = [x for name, x in model.items() if name.startswith(("unet.", "extractor."))]
+    trained = [x for name, x in kept(tmp_path, "model").items()
+               if name.startswith(("unet.", "extractor."))]
     assert {x.dtype for x in trained if x.ndim} == {torch.float32}
 
 
-# ---- determinism and resuming (test_crash.py kills and resumes) ----
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_same_seed_same_numbers_and_another_seed_other_numbers(finished, tmp_path, monkeypatch):
-    first = train.read_checkpoint(finished[0] / "ckpt.pt")
-    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "a") == 0
-    second = train.read_checkpoint(tmp_path / "a" / "ckpt.pt")
-    assert same(first["model"], second["model"]) and same(first["average"], second["average"])
-    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "b", "--seed", 1) == 0
-    third = train.read_checkpoint(tmp_path / "b" / "ckpt.pt")
-    name = "unet.conv_in.weight"
-    assert not torch.equal(first["model"][name], third["model"][name])
+    for seed in (0, 1):
+        assert run_main(monkeypatch, *SHORT, "--out", tmp_path / str(seed), "--seed", seed) == 0
+        for part in ("model", "average"):
+            assert same(kept(finished[0], part), kept(tmp_path / str(seed), part)) != seed
 
 
 @pytest.mark.parametrize("flags, held", [
@@ -152,14 +142,14 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused_by_name(
     assert line.count("\n") == 1 and (finished[0] / "ckpt.pt").read_bytes() == before
 
 
-def test_the_same_command_and_resume_adds_nothing_to_a_finished_run(
-        finished, tmp_path, monkeypatch):
-    shutil.copytree(finished[0], tmp_path / "run")
-    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "run", "--resume") == 0
-    assert rows(tmp_path / "run") == rows(finished[0])
-    before, after = (train.read_checkpoint(out / "ckpt.pt") for out in
-                     (finished[0], tmp_path / "run"))
-    assert same(before["average"], after["average"])
+def test_the_same_command_is_refused_and_with_resume_adds_nothing_to_a_finished_run(
+        finished, tmp_path, monkeypatch, capsys):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    assert run_main(monkeypatch, *SHORT, "--out", out) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert run_main(monkeypatch, *SHORT, "--out", out, "--resume") == 0
+    assert rows(out) == rows(finished[0])
+    assert same(kept(out, "average"), kept(finished[0], "average"))
 
 
 def test_a_finished_stage_1_can_be_copied_and_resumed_with_other_settings_of_stage_2(
@@ -171,51 +161,44 @@ def test_a_finished_stage_1_can_be_copied_and_resumed_with_other_settings_of_sta
     assert "--vqgan.channels 24" in capsys.readouterr().err
     other = ["--batch", 16, "--seed", 3, "--extractor.n_units", 3]
     assert run_main(monkeypatch, *resume, *other) == 0
-    ours, theirs = (train.read_checkpoint(tmp_path / x / "ckpt.pt")["model"] for x in "ba")
+    ours, theirs = (kept(tmp_path / name, "model") for name in "ba")
     assert same(train.part(ours, "vqgan"), train.part(theirs, "vqgan"))
     assert ours["dyga.mask"].shape[0] == 3
 
 
-def test_stage_2_draws_from_one_pool_of_images_and_hands_on_their_latents(
-        finished, tmp_path, monkeypatch):
-    forward, seen = train.Model.forward, set()
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of Model.forward: (model, images, latents, weight)."""
+    forward, made = train.Model.forward, []
 
-    def watched(self, images, z0, priced):
-        seen.update(image.numpy().tobytes() for image in images)
-        torch.testing.assert_close(z0, self.vqgan.encode(images), atol=1e-3, rtol=1e-3)  # float16
-        return forward(self, images, z0, priced)
-
-    monkeypatch.setattr(train.Model, "forward", watched)
-    flags = [*SHORT, "--out", tmp_path, "--pool_images", "64"]
-    assert run_main(monkeypatch, *flags) == 0
-    assert 50 < len(seen) <= 64
-    fits = [row["images"] for row in rows(tmp_path) if row.get("of") == "training"]
-    assert len(fits) == 5  # an epoch is as many images as the pool has: 320 / 64
-
-
-def test_a_batch_larger_than_the_pool_counts_what_a_step_really_sees(tmp_path, monkeypatch):
-    flags = [*SHORT, "--out", tmp_path, "--pool_images", "8", "--batch", "32", "--images", "96"]
-    assert run_main(monkeypatch, *flags) == 0
-    fits = [row for row in rows(tmp_path) if row.get("of") == "training"]
-    assert len(fits) == 3  # one a step, though a step is four epochs long
-    assert train.read_checkpoint(tmp_path / "ckpt.pt")["seen"][2] == 96
-
-
-def test_units_learn_freely_at_first_and_then_have_a_price(tmp_path, monkeypatch):
-    forward, asked = train.Model.forward, []
-
-    def watched(self, images, z0, priced):
-        asked.append(priced)
-        return forward(self, images, z0, priced)
+    def watched(*arguments):
+        made.append(arguments)
+        return forward(*arguments)
 
     monkeypatch.setattr(train.Model, "forward", watched)
-    assert run_main(monkeypatch, *SHORT, "--out", tmp_path, "--price", "1e-3") == 0
-    assert asked == 5 * [False] + 5 * [True]  # ten steps; the fifth begins at exactly 0.4
-    prices = [row["price"] > 0 for row in rows(tmp_path) if "loss" in row]
-    assert prices == [False, False, True, True, True]  # a row is the mean of two steps
+    return made
 
 
-# ---- settings ----
+@pytest.mark.parametrize("pool, images, fits", [
+    (64, 320, [64, 128, 192, 256, 320]), (8, 96, [32, 64, 96])])  # a step of 32 is four passes
+def test_stage_2_draws_from_one_pool_hands_on_its_latents_and_fits_after_each_pass_or_longer_step(
+        pool, images, fits, tmp_path, monkeypatch, calls):
+    flags = [*SHORT, "--out", tmp_path, "--pool_images", pool, "--images", images]
+    assert run_main(monkeypatch, *flags) == 0
+    assert 0.75 * pool < len({x.numpy().tobytes() for call in calls for x in call[1]}) <= pool
+    for model, x0, z0, _ in calls:  # z0 was kept as float16
+        torch.testing.assert_close(z0, model.vqgan.encode(x0), atol=1e-3, rtol=1e-3)
+    assert [row["images"] for row in rows(tmp_path, "of")] == [*fits, images]
+    assert kept(tmp_path, "seen")[2] == images
+
+
+def test_units_learn_freely_at_first_then_their_price_rises_slowly_and_is_low_at_the_end(
+        tmp_path, monkeypatch, calls):
+    assert run_main(monkeypatch, *SHORT, "--out", tmp_path, "--price", "6e-3") == 0
+    asked = [call[3] for call in calls]  # of ten steps
+    assert asked == pytest.approx([0, 0, 0, 0, 1e-3, 3e-3, 5e-3, 6e-3, 6e-3, 1.2e-3])
+    # A row is the mean of two steps.
+    assert [row["price"] > 0 for row in rows(tmp_path, "loss")] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("flags", [*train.PRESETS.values(), *train.PER_DATASET.values()])
@@ -224,45 +207,49 @@ def test_a_preset_is_a_list_of_flags_that_fit_together(flags):
     train.check_settings(cfg, world=1)
 
 
-def test_flag_beats_dataset_beats_preset_beats_default(monkeypatch, tmp_path):
+def test_a_batch_that_the_processes_cannot_share_is_refused():
+    with pytest.raises(data.UserError, match="--batch.*: found 512, expected a multiple of 3"):
+        train.check_settings(train.default_settings(), world=3)
+
+
+@pytest.mark.parametrize("flags, name, value", [
+    ("celeba --preset paper", "batch", 64), ("celeba --preset paper --batch 7", "batch", 7),
+    ("shapes3d --preset paper", "unet.base", 64), ("shapes3d", "preset", "laptop"),
+    ("cars3d --preset paper", "fit_every", 5)])
+def test_flag_beats_dataset_beats_preset_beats_default(flags, name, value, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def chosen(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu", "--dataset", *flags])
-        return train.parse()[0]
-
-    assert chosen("celeba", "--preset", "paper")["batch"] == 64
-    assert chosen("celeba", "--preset", "paper", "--batch", "7")["batch"] == 7
-    assert chosen("shapes3d", "--preset", "paper")["unet.base"] == 64
-    assert chosen("shapes3d")["preset"] == "laptop"
-    assert chosen("cars3d", "--preset", "paper")["fit_every"] == 5
+    command = ["train.py", "--device", "cpu", "--dataset", *flags.split()]
+    monkeypatch.setattr(sys, "argv", command)
+    assert train.parse()[0][name] == value
 
 
-def numeric_flags():
-    return [name for name, value in train.default_settings().items()
-            if isinstance(value, (int, float, list)) and not isinstance(value, bool)]
+NUMBERS = [name for name, value in train.default_settings().items()
+           if isinstance(value, (int, float, list)) and not isinstance(value, bool)]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e30", str(10 ** 30)])
-def test_no_number_of_any_flag_ends_in_a_traceback(value, monkeypatch, tmp_path, capsys):
+def test_every_number_of_every_flag_is_refused_in_one_line_or_runs(
+        value, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(numeric_flags()) > 50
-    for name in numeric_flags():
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"--{name}={value}"])
-        try:
-            data.run(lambda: train.check_settings(train.parse()[0], world=1))
-        except SystemExit as stop:
-            line = capsys.readouterr().err
-            assert stop.code == 2 and line.count("\n") == 1 and f"--{name}" in line, line
-        else:  # 0 switches it off, or is a value like others
-            assert value == "0", (name, value)
-    assert list(tmp_path.iterdir()) == []
+    assert len(NUMBERS) > 50
+    ran = []
+    for name in NUMBERS:
+        code = run_main(monkeypatch, *SHORTEST, f"--{name}={value}", "--out", name)
+        line = capsys.readouterr().err
+        if code == 0:
+            ran.append(name)
+        else:
+            assert code == 2 and line.count("\n") == 1 and f"--{name}" in line, line
+            assert not (tmp_path / name).exists()
+    # 0 switches it off, or is a value like others.
+    assert len(ran) > 15 if value == "0" else ran == []
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--bacth", "3"], ["unrecognized", "--bacth"]),
     (["--dataset", "shapes"], ["shapes", "cars3d"]),
     (["--preset", "huge"], ["huge", "laptop"]), (["--batch", "many"], ["--batch", "many"]),
+    (["--out", __file__], ["File exists"]),
     (["--dataset", "cars3d"], ["cars3d", "nips2015-analogy-data"]),
     (["--resume"], ["ckpt.pt", "No such file"]), (["--device", "cuda:99"], ["cuda:99", "cpu"]),
     (["--ddim_steps", "5000"], ["--ddim_steps", "5000", "1..1000"]),
@@ -289,16 +276,6 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         run_main(monkeypatch, *SHORT, "--out", tmp_path)
 
 
-def test_out_that_is_a_file_or_another_run_is_refused_and_left_alone(
-        finished, tmp_path, monkeypatch, capsys):
-    (tmp_path / "taken").write_text("mine")
-    assert run_main(monkeypatch, *SHORT, "--out", tmp_path / "taken") == 2
-    assert "File exists" in capsys.readouterr().err
-    assert (tmp_path / "taken").read_text() == "mine"
-    assert run_main(monkeypatch, *SHORT, "--out", finished[0]) == 2
-    assert "--resume" in capsys.readouterr().err
-
-
 def test_a_step_that_does_not_fit_into_the_gpu_names_the_largest_half_that_does(monkeypatch):
     monkeypatch.setattr(train, "fits", lambda run, batch: batch <= 100)
     run = type("Run", (), {"cfg": {"batch": 512}, "world": 1, "device": torch.device("cuda")})
@@ -309,6 +286,6 @@ def test_a_step_that_does_not_fit_into_the_gpu_names_the_largest_half_that_does(
 def test_components_never_import_each_other():
     parts = {"data", "vqgan", "unet", "extractor", "dyga"}
     for name in parts:
-        lines = (ROOT / f"{name}.py").read_text().splitlines()
-        imports = [line.split()[1] for line in lines if line.strip().startswith(("import", "from"))]
-        assert not {word.split(".")[0] for word in imports} & (parts | {"train", "evaluate"}), name
+        source = (ROOT / f"{name}.py").read_text()
+        imported = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
+        assert "torch" in imported and not imported & (parts | {"train", "evaluate"}), name

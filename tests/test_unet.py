@@ -1,6 +1,5 @@
 """Facts about the U-Net (Table 8), skip dropout (equation 7), schedule, DDIM, EMA and Muon."""
 
-import copy
 import math
 
 import pytest
@@ -13,29 +12,20 @@ ALPHA_BAR = U.alpha_bar_schedule()
 
 
 def small(**options):
-    """A small U-Net whose zeroed layers have weights: a fresh one answers 0."""
+    """A small U-Net whose zeroed layers have weights (a fresh one answers 0), and its input."""
     torch.manual_seed(0)
-    settings = dict(base=16, multipliers=(1, 2), res_blocks=1, attention_at=(1, 2), heads=2,
-                    groups=4, context_dim=8, dropout=0.0)
-    net = U.UNet(**(settings | options))
+    net = U.UNet(base=16, multipliers=(1, 2), res_blocks=1, attention_at=(1, 2), heads=2, groups=4,
+                 context_dim=8, dropout=0.0, **options)
     for p in net.parameters():
         if p.abs().max() == 0:
             nn.init.normal_(p, std=0.1)
-    return net
-
-
-def batch(units=5):
-    torch.manual_seed(1)
-    return torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, units, 8)
+    return net.eval(), (torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 8))
 
 
 def test_paper_size_has_the_papers_parameter_count_and_answers_zero_at_first():
     net = U.UNet()
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 3) == 37.550
     assert net(torch.randn(1, 3, 16, 16), torch.tensor([3]), torch.randn(1, 5, 32)).eq(0).all()
-
-
-# ---- schedule and loss ----
 
 
 def test_alpha_bar_is_the_product_of_one_minus_beta():
@@ -63,9 +53,6 @@ def test_losses_of_a_unet_that_answers_zero(times, kind, expected):
     assert loss.item() == pytest.approx(expected, abs=0.02)
 
 
-# ---- skip dropout ----
-
-
 @pytest.mark.parametrize("where, widths", [("released", {16, 8}), ("text", {2})])
 def test_the_two_readings_of_where_skips_are_dropped(where, widths):
     net = U.UNet(skip_dropout_where=where)
@@ -80,52 +67,42 @@ def test_skip_dropout_drops_whole_channels_and_keeps_the_mean():
     assert y.mean().item() == pytest.approx(1, abs=0.01)
 
 
-def test_skip_dropout_acts_in_training_only():
-    net, args = small(skip_dropout=0.5), batch()
-    assert not torch.equal(net(*args), net(*args))
-    net.eval()
-    assert torch.equal(net(*args), net(*args))
-
-
-# ---- attention ----
-
-
-def test_attention_maps_sum_to_one_and_do_not_change_the_result():
-    net, args, maps = small().eval(), batch(), []
-    torch.testing.assert_close(net(*args, maps), net(*args), rtol=0, atol=1e-5)
-    assert len(maps) == 7  # two levels with 1 + 2 Transformers each, and the middle
-    for m in maps:
-        torch.testing.assert_close(m.sum(dim=2), torch.ones_like(m[..., 0]))
+@pytest.mark.parametrize("training", [True, False])
+def test_skip_dropout_acts_in_training_only(training):
+    net, args = small(skip_dropout=0.5)
+    net.train(training)
+    assert torch.equal(net(*args), net(*args)) is not training
 
 
 def test_units_are_a_set():
     # Cross-attention has no notion of order: permuting the units changes nothing.
-    net, (z_t, t, c_tilde) = small().eval(), batch()
+    net, (z_t, t, c_tilde) = small()
     permuted = net(z_t, t, c_tilde[:, [3, 1, 4, 0, 2]])
     torch.testing.assert_close(net(z_t, t, c_tilde), permuted, rtol=0, atol=1e-5)
 
 
-# ---- sampling and averaging ----
+def test_attention_maps_average_over_units_in_a_pass_and_in_ddim_and_do_not_change_the_result():
+    net, (z_t, t, c_tilde) = small()
+    maps = []
+    torch.testing.assert_close(net(z_t, t, c_tilde, maps), net(z_t, t, c_tilde), rtol=0, atol=1e-5)
+    assert len(maps) == 7  # two levels with 1 + 2 Transformers each, and the middle
+    for m in maps:
+        torch.testing.assert_close(m.sum(dim=2), torch.ones_like(m[..., 0]))
+    z, mean = U.ddim(net, z_t, c_tilde, ALPHA_BAR, 3, attention=True)
+    fast = U.ddim(net, z_t, c_tilde, ALPHA_BAR, 3)
+    assert (z - fast).abs().max() < 1e-5 * fast.abs().max()  # an untrained net's are far above 1
+    torch.testing.assert_close(mean.sum(dim=1), torch.ones(2, 8, 8))
 
 
 @pytest.mark.parametrize("steps", [1, 7, 100])
 def test_ddim_with_a_perfect_denoiser_returns_the_clean_latent(steps):
-    z0 = torch.randn(4, 3, 8, 8)
-
     def oracle(z_t, t, c_tilde, maps):
         a = ALPHA_BAR[t].view(-1, 1, 1, 1)
         return (z_t - a.sqrt() * z0) / (1 - a).sqrt()
 
-    found = U.ddim(oracle, torch.randn(4, 3, 8, 8), None, ALPHA_BAR, steps)
+    z0, noise = torch.randn(2, 4, 3, 8, 8)
+    found = U.ddim(oracle, noise, None, ALPHA_BAR, steps)
     torch.testing.assert_close(found, z0, rtol=0, atol=1e-3)
-
-
-def test_ddim_attention_is_an_average_over_units():
-    net, (noise, _, c_tilde) = small().eval(), batch()
-    z, maps = U.ddim(net, noise, c_tilde, ALPHA_BAR, 3, attention=True)
-    fast = U.ddim(net, noise, c_tilde, ALPHA_BAR, 3)
-    assert (z - fast).abs().max() < 1e-5 * fast.abs().max()  # an untrained net's are far above 1
-    torch.testing.assert_close(maps.sum(dim=1), torch.ones(2, 8, 8))
 
 
 def test_after_one_half_life_the_average_has_come_half_way():
@@ -137,42 +114,16 @@ def test_after_one_half_life_the_average_has_come_half_way():
     torch.testing.assert_close(average.weight, torch.full((2, 3), 0.5), rtol=1e-4, atol=0)
 
 
-# ---- Muon ----
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8)])
-def test_orthogonalise_keeps_singular_vectors_and_brings_singular_values_near_one(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, s, v = torch.linalg.svd(x, full_matrices=False)
-    turned = u.mT @ U.orthogonalise(x) @ v.mT  # in the basis of x's singular vectors: diagonal
-    values = turned.diagonal(dim1=1, dim2=2)
-    assert (turned - torch.diag_embed(values)).abs().max() < 1e-4
-    assert 0.5 < values.min() and values.max() < 1.3
-
-
-@pytest.mark.parametrize("shape", [(16, 48), (8, 4, 3, 3), (5, 4, 16)])  # linear, conv, UnitLinear
-def test_a_muon_step_moves_all_directions_alike_by_a_fifth_of_lr_in_root_mean_square(shape):
-    generator = torch.Generator().manual_seed(1)
+# Linear, wide and high; convolution; UnitLinear.
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (8, 4, 3, 3), (5, 4, 16)])
+def test_muon_steps_along_the_gradients_singular_vectors_alike_by_a_fifth_of_lr(shape):
     p = nn.Parameter(torch.zeros(shape))
-    p.grad = torch.randn(shape, generator=generator)
+    p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     U.Muon([p], lr=0.01).step()
-    values = torch.linalg.svdvals(p if len(shape) == 3 else p.flatten(1)[None])
-    assert values.max() / values.min() < 2.5  # a Gaussian gradient's own ratio here is up to 7
-    assert p.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.15)
-
-
-def test_muon_goes_on_after_a_checkpoint_as_if_nothing_had_been():
-    def run(stop):
-        torch.manual_seed(0)
-        layer = nn.Linear(4, 8, bias=False)
-        opt = U.Muon(layer.parameters(), lr=0.01)
-        for step in range(6):
-            if step == stop:
-                state, opt = copy.deepcopy(opt.state_dict()), U.Muon(layer.parameters(), lr=0.01)
-                opt.load_state_dict(state)
-            opt.zero_grad()
-            layer(torch.randn(3, 4)).square().sum().backward()
-            opt.step()
-        return layer.weight.detach()
-
-    assert torch.equal(run(stop=3), run(stop=None))
+    moved, gradient = (x if x.ndim == 3 else x.flatten(1)[None] for x in (-p.detach(), p.grad))
+    u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+    turned = u.mT @ moved @ v.mT  # in the basis of these vectors: diagonal
+    values = turned.diagonal(dim1=1, dim2=2)
+    assert (turned - torch.diag_embed(values)).abs().max() < 1e-5
+    assert values.min() > 0 and values.max() / values.min() < 2.5  # the gradient's own: up to 7
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.15)
