@@ -140,7 +140,7 @@ class Model(torch.nn.Module):
         does without. The row has 0-dim tensors: the loss of equation 2, the mean delta, the price.
         """
         s = self.extractor.scalars(to_float(images))  # (B, N)
-        price = s.new_zeros(())
+        price = 0 * s.sum()  # a 0-dim tensor, on the right device
         if weight:
             s, price = self.extractor.price(s)
         c = self.extractor.expand(s)  # (B, N, D)
@@ -292,7 +292,7 @@ def fit_anchors(run, model, seen):
         raise UserError("units are not finite; start again with a lower --lr")
     model.dyga.fit(units, torch.Generator().manual_seed(run.seed_of(3, seen)))
     run.log(of="training" if model is run.model else "average",
-            anchors=model.dyga.mask.sum(1).tolist())
+            images=seen, anchors=model.dyga.mask.sum(1).tolist())
 
 
 def make_optimizers(cfg, networks, others, betas, weight_decay):
@@ -375,7 +375,7 @@ class Run:
         """A progress bar in a terminal; elsewhere a plain line a minute."""
         style = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
         self.bar = tqdm(desc=f"stage {self.stage}", total=total, initial=self.seen[self.stage],
-                        unit=" images", disable=self.rank > 0, **style)
+                        unit=" images", disable=self.rank, **style)
 
     def after_step(self, batch, row):
         """Count images; every LOG_STEPS write a row, save if due, heed signals."""
@@ -396,7 +396,7 @@ class Run:
         means = {name: torch.stack([row[name] for row in self.rows]).mean().item()
                  for name in self.rows[0]}
         self.rows = []
-        if not all(map(math.isfinite, means.values())):
+        if not math.isfinite(sum(means.values())):
             raise UserError(f"stage {self.stage}, image {self.seen[self.stage]:,} or shortly "
                             f"before: not finite: {means}; start again with a lower --lr or "
                             f"--stage1.lr; the last good state, if any, is in {self.ckpt_path}")
@@ -411,7 +411,7 @@ class Run:
         self.minutes += (now - self.clock) / 60
         self.clock = now
         place = {"stage": self.stage, "images": self.seen[self.stage],
-                 "minutes": round(self.minutes, 3)}
+                 "minutes": self.minutes}
         with open(self.log_path, "a") as file:
             file.write(json.dumps(place | row) + "\n")
 
@@ -443,7 +443,7 @@ class Run:
     def parts(self):
         """All that has a state: {name: network or optimiser}."""
         parts = {"model": self.model, "average": self.average}
-        if self.disc:
+        if self.disc and self.stage == 1:
             parts["disc"] = self.disc
         for i, optimizer in enumerate(self.optimizers[self.stage]):
             parts[f"optimizer {i}"] = optimizer

@@ -1,7 +1,7 @@
 """The benchmark: one command, one table. What speed costs and buys is recorded here.
 
     OMP_NUM_THREADS=1 python tests/bench.py              # all rows
-    OMP_NUM_THREADS=1 python tests/bench.py dyga data    # some of them; --runs 1: quick and rough
+    OMP_NUM_THREADS=1 python tests/bench.py dyga --runs 1    # some of them, quick and rough
     OLD=/path/to/a/checkout python tests/bench.py step dyga    # beside the code of commit 97270dc
 
 A row has a median time, and its ratio to the first row of its block. The rows of a block take turns
@@ -14,7 +14,6 @@ import importlib
 import os
 import shlex
 import sys
-import tempfile
 import timeit
 from pathlib import Path
 
@@ -41,20 +40,6 @@ def compare(runs, functions, images=0, warm_up=1):
         print(f"{name:45} {1e3 * median:10,.1f} ms {ratio:8.3f} {speed}", flush=True)
 
 
-def bench_data(runs):
-    """Images drawn, and read from a mapped file. Targets: 15,000 and 20,000 a second."""
-    compare(1, {"all 480 geometries": data.weight_maps}, warm_up=0)
-    with tempfile.TemporaryDirectory() as folder:
-        # As large as the converted official file, but a hole: 6 GB that take no room on the disk.
-        path, shape = f"{folder}/shapes3d-64x64.npy", (480_000, 64, 64, 3)
-        np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-        drawn = data.load("shapes3d", source="rendered")
-        read = data.load("shapes3d", folder, "official")
-        read.images(torch.arange(5_000))  # so much of the file then lies in memory
-        compare(4 * runs, {"images, drawn": lambda: drawn.images(torch.randint(5_000, (64,))),
-                           "images, read": lambda: read.images(torch.randint(5_000, (64,)))}, 64)
-
-
 def settings(preset):
     return vars(train.build_parser().parse_args(shlex.split(train.PRESETS[preset], comments=True)))
 
@@ -64,8 +49,7 @@ def layers(model):
 
 
 def optimizers(model):
-    networks = [model.extractor, model.unet]
-    return train.make_optimizers(model.cfg, networks, [], (0.9, 0.999), 0.01)
+    return train.make_optimizers(model.cfg, [model.extractor, model.unet], [], (0.9, 0.999), 0.01)
 
 
 def stepper(model, batch, opts, half=False, ema_update=unet.ema_update):

@@ -184,7 +184,7 @@ def test_hard_input_gives_finite_anchors_and_the_same_ones_again(c, options):
         assert torch.allclose(model.anchors[i, 0], c[0, i].float())
 
 
-def test_nan_inf_wrong_shapes_and_settings_raise_an_error_and_nothing_is_half_fitted():
+def test_nan_inf_and_wrong_shapes_raise_an_error_and_until_a_first_fit_align_is_the_identity():
     c, _ = toy_units([2, 2, 2], 50, generator())
     c[3, 1, 4], c[9, 2, 0] = math.nan, math.inf
     model = DyGA(3)
@@ -193,7 +193,9 @@ def test_nan_inf_wrong_shapes_and_settings_raise_an_error_and_nothing_is_half_fi
     for wrong in (c[:, :2], c[..., :5], c[0], c[:0], c.long()):
         with pytest.raises(ValueError, match=r"expected floats of shape \(n >= 1, 3, 32\)"):
             model.fit(wrong)
-    assert not model.mask.any()
+    c = torch.ones(5, 3, 32)
+    assert torch.equal(model.align(c), c) and model.delta(c).eq(0).all()
+    assert model.responsibilities(c).eq(0).all() and model.nearest(c)[0].eq(0).all()
     for wrong in (dict(accept="aic"), dict(k_init=0), dict(dim=1), dict(max_iter=0), dict(d_max=0)):
         with pytest.raises(ValueError, match="expected always or bic, 2 <= dim, the others"):
             DyGA(3, **wrong)
@@ -227,6 +229,8 @@ def test_align_is_equation_6_with_the_anchor_of_highest_responsibility():
     assert torch.allclose(far, torch.full_like(far, 0.3 / math.e), rtol=1e-3)
     # A .item(), a nonzero or an if on a tensor would make a GPU wait; then fullgraph raises.
     assert torch.allclose(torch.compile(model.align, backend="eager", fullgraph=True)(c), c_tilde)
+    model.lam = 0.0
+    assert torch.equal(model.align(c), c)
 
 
 def test_the_gradient_of_align_is_the_formula_of_its_docstring():
@@ -242,14 +246,6 @@ def test_the_gradient_of_align_is_the_formula_of_its_docstring():
             assert torch.allclose(jacobian[i, :, i], formula, atol=1e-4)
         assert (jacobian[0, :, 1] == 0).all()  # no unit has an influence on another
     assert not any(buffer.requires_grad for buffer in model.buffers())
-
-
-def test_align_is_the_identity_before_the_first_fit_and_with_lambda_0():
-    model, c = fitted(lam=0.0)
-    assert torch.equal(model.align(c), c)
-    fresh = DyGA(3)
-    assert torch.equal(fresh.align(c), c) and fresh.delta(c).eq(0).all()
-    assert fresh.responsibilities(c).eq(0).all() and fresh.nearest(c)[0].eq(0).all()
 
 
 def test_delta_depends_on_the_sample_and_unit_alone_so_one_zero_does_not_switch_alignment_off():

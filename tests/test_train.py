@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -201,12 +200,6 @@ def test_units_learn_freely_at_first_then_their_price_rises_slowly_and_is_low_at
     assert [row["price"] > 0 for row in rows(tmp_path, "loss")] == [False, False, True, True, True]
 
 
-@pytest.mark.parametrize("flags", [*train.PRESETS.values(), *train.PER_DATASET.values()])
-def test_a_preset_is_a_list_of_flags_that_fit_together(flags):
-    cfg = vars(train.build_parser().parse_args(shlex.split(flags, comments=True)))
-    train.check_settings(cfg, world=1)
-
-
 def test_a_batch_that_the_processes_cannot_share_is_refused():
     with pytest.raises(data.UserError, match="--batch.*: found 512, expected a multiple of 3"):
         train.check_settings(train.default_settings(), world=3)
@@ -216,11 +209,13 @@ def test_a_batch_that_the_processes_cannot_share_is_refused():
     ("celeba --preset paper", "batch", 64), ("celeba --preset paper --batch 7", "batch", 7),
     ("shapes3d --preset paper", "unet.base", 64), ("shapes3d", "preset", "laptop"),
     ("cars3d --preset paper", "fit_every", 5)])
-def test_flag_beats_dataset_beats_preset_beats_default(flags, name, value, monkeypatch, tmp_path):
+def test_flag_beats_dataset_beats_preset_beats_default_and_all_fit_together(
+        flags, name, value, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    command = ["train.py", "--device", "cpu", "--dataset", *flags.split()]
-    monkeypatch.setattr(sys, "argv", command)
-    assert train.parse()[0][name] == value
+    monkeypatch.setattr(sys, "argv", ["", "--device", "cpu", "--dataset", *flags.split()])
+    cfg, _, _ = train.parse()
+    train.check_settings(cfg, world=1)
+    assert cfg[name] == value
 
 
 NUMBERS = [name for name, value in train.default_settings().items()
@@ -246,13 +241,9 @@ def test_every_number_of_every_flag_is_refused_in_one_line_or_runs(
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--bacth", "3"], ["unrecognized", "--bacth"]),
-    (["--dataset", "shapes"], ["shapes", "cars3d"]),
-    (["--preset", "huge"], ["huge", "laptop"]), (["--batch", "many"], ["--batch", "many"]),
-    (["--out", __file__], ["File exists"]),
+    (["--preset", "huge"], ["huge", "laptop"]), (["--out", __file__], ["File exists"]),
     (["--dataset", "cars3d"], ["cars3d", "nips2015-analogy-data"]),
     (["--resume"], ["ckpt.pt", "No such file"]), (["--device", "cuda:99"], ["cuda:99", "cpu"]),
-    (["--ddim_steps", "5000"], ["--ddim_steps", "5000", "1..1000"]),
     (["--unet.heads", "3"], ["--unet.base", "16", "multiple of 12"]),
     (["--vqgan.patch", "3"], ["--vqgan.patch", "64", "a multiple of 12"]),
     (["--unet.multipliers", "1", "1", "1", "1", "1"], ["--unet.multipliers", "multiple of 128"]),
