@@ -101,9 +101,10 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does(line, gpu):
         eval(line)
 
 
-@pytest.mark.parametrize("more", ["--optimizer muon --price 1e-3 --t_sampling logit_normal", ""])
+@pytest.mark.parametrize("more, parts", [
+    ("--optimizer muon --price 1e-3 --t_sampling logit_normal", "figures"), ("", "mig,control")])
 def test_no_line_of_a_run_its_resumption_or_its_evaluation_mixes_devices(
-        more, gpu, tmp_path, monkeypatch):
+        more, parts, gpu, tmp_path, monkeypatch):
     def run(module, *flags):
         monkeypatch.setattr(sys, "argv", ["", *flags, "--device", "cuda:0"])
         module.main()
@@ -120,5 +121,5 @@ def test_no_line_of_a_run_its_resumption_or_its_evaluation_mixes_devices(
         patch.setattr(train.Run, "stop_if_signalled", stop_in_stage_2)
         run(train, *flags)
     run(train, *flags, "--resume")
-    run(evaluate, str(tmp_path / "ckpt.pt"), "--quick", "--only", "mig,control,figures")
+    run(evaluate, str(tmp_path / "ckpt.pt"), "--quick", "--only", parts)
     assert train.read_checkpoint(tmp_path / "ckpt.pt")["finished"]

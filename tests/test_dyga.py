@@ -58,10 +58,9 @@ def test_em_with_all_directions_but_one_is_scikit_learns_and_drops_empty_compone
         peer.fit(x.numpy())
     assert peer.n_iter_ == len(history) == 7
     r, likelihood = e_step(x, found)
-    for ours, theirs in ((found.mu, peer.means_), (r.T, peer.predict_proba(x.numpy())),
-                         (covariance(found), peer.covariances_),
-                         (found.log_pi.exp(), peer.weights_)):
-        assert np.abs(ours.numpy() - theirs).max() < 1e-6
+    ours = found.mu, r.T, covariance(found), found.log_pi.exp()
+    theirs = peer.means_, peer.predict_proba(x.numpy()), peer.covariances_, peer.weights_
+    assert all(np.abs(a.numpy() - b).max() < 1e-6 for a, b in zip(ours, theirs))
     assert math.isclose(likelihood / len(x), peer.score(x.numpy()), rel_tol=1e-9)
 
 

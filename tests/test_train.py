@@ -20,7 +20,7 @@ SHORT = [*TINY, "--stage1.images", "96", "--images", "320", "--pool_images", "12
          "150", "--ddim_steps", "2", "--dyga.k_max", "8", "--dyga.max_iter", "5"]
 # One step of each stage.
 SHORTEST = [*SHORT, "--stage1.images", "8", "--stage1.batch", "8", "--images", "8", "--batch", "8",
-            "--fit_images", "20", "--ddim_steps", "1"]
+            "--fit_images", "20", "--ddim_steps", "1", "--dyga.k_max", "4"]
 
 
 @pytest.fixture(autouse=True)
