@@ -549,6 +549,8 @@ def read_pictures(path, facts):
         with readable(path / name, facts["advice"]), (path / name).open("rb") as file:
             photo = Image.open(file, formats=["JPEG", "PNG"])
             expect("size", photo.size, facts.get("size", photo.size))
+            if photo.mode[0] in "IF":  # Pillow would make all of it white
+                raise ValueError(f"more than 8 bits a pixel (mode {photo.mode}), expected 8")
             # Paper: CelebA is "resized", with no word on a crop. Some cut to the middle 148; the
             # full width keeps hair and hats.
             yield shrink(ImageOps.exif_transpose(photo).convert("RGB"))

@@ -6,7 +6,7 @@ and becomes a vector of D = 32 numbers. The N vectors are the set c that the den
 cross-attends to. Nothing here is told what a factor is: the training signal is that the denoiser
 predicts noise better when the units say something useful (and, beyond the paper, a price on that).
 
-Two bottlenecks do the disentangling work. One scalar per unit: a unit is a curve in R^D, with one
+Two bottlenecks make disentangling possible. One scalar per unit: a unit is a curve in R^D, with one
 degree of freedom, so it pays to put one thing on it. And the MLPs are private: no unit can see
 another's scalar, so what a unit's vector says can only come from its own scalar.
 
@@ -46,7 +46,7 @@ class Extractor(nn.Module):
         unit_relu: end every unit in a ReLU, as Table 9 does. About half of a unit's numbers are
             then exactly 0, and equation 6 divides by them. So the laptop preset leaves it out.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
-        noisy: give every scalar a learnt noise (beyond the paper, see `price`).
+        noisy: make the sizes of the noise that `price` adds (beyond the paper).
     """
 
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
@@ -97,10 +97,10 @@ class Extractor(nn.Module):
         Each scalar gets Gaussian noise, with one learnt deviation sigma a unit. What then gets
         through, in nats, is at most KL(N(s, sigma^2) || N(0, 1)), as in a beta-VAE (Higgins et al.
         2017). The price, a 0-dim tensor, is the sum over units of log(1 + nats). Its slope falls,
-        so to keep a factor in one unit is cheaper than to split it, and units that are not needed
-        fall silent. The nats themselves would cost the same for one unit that tells ten hues and
-        for two that tell five and two values: log 10 = log 5 + log 2. How the price's weight rises
-        and falls in training stands in train_stage2.
+        so a factor in one unit is cheaper than the same in two. Ten hues, log 10 nats: one unit
+        pays log(1 + 2.30) = 1.19; two that tell five and two values pay log(1 + 1.61) +
+        log(1 + 0.69) = 1.48. In nats both would pay the same. A unit that is not needed falls
+        silent, as noise alone is free. train_stage2 raises and lowers the price's weight.
         """
         log_sigma = 10 * self.log_sigma_tenth  # (N,)
         sigma = log_sigma.exp()

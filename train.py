@@ -1,7 +1,7 @@
 """Train the whole method (Algorithm 1): data, stage 1, extractor, U-Net, anchors; one checkpoint.
 
     python train.py --dataset shapes3d                 # laptop preset on a CPU, paper's on a GPU
-    python train.py --dataset shapes3d --preset tiny   # seconds: does everything, learns nothing
+    python train.py --dataset shapes3d --preset tiny   # seconds: both stages, nothing is learnt
     python train.py --dataset shapes3d --resume        # go on from the checkpoint in --out
     torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
@@ -56,13 +56,13 @@ LOG_STEPS = 25  # between two rows of the log; a signal waits for the next one
 PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is, in its checkpoint
 
 # --------------------------------------------------------------------------------------------------
-# Presets: flags that are put in front of yours. The defaults are the paper's (Tables 7 to 9,
-# section C.1); what each flag means stands in the table of settings below.
+# Presets: flags that are put in front of yours. The defaults are the paper's where it states one
+# (Tables 7 to 9, section C.1); what each flag means stands in the table of settings below.
 
 PRESETS = {
     "paper": "",
     "laptop": """
-    # For two CPU cores and less than half an hour. The method is the paper's, the sizes are not.
+    # For a laptop's CPU. The method is the paper's, the sizes are not.
     #
     # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per image.
     # It works on patches of 8x8 pixels, at one level, and spends the time that this saves on width.
@@ -296,7 +296,7 @@ def fit_anchors(run, model, seen):
 
 
 def make_optimizers(cfg, networks, others, betas, weight_decay):
-    """A list of one optimiser or two. Muon has the weights of `networks`, AdamW all the rest.
+    """A list of one optimiser or two. Muon has what has two or more dimensions in `networks`.
 
     `others` are never Muon's: a codebook is a table of points, not a map between spaces.
     """

@@ -87,7 +87,8 @@ def bench_step(runs):
         "  forward and backward": lambda: model(x0, z0)[0].backward(),
         "  optimiser, Muon and AdamW": lambda: train.step(opts, 1e-4),
     }, [64] + 5 * [0])
-    compare(runs, {f"laptop step, batch {n}": stepper(model, n, opts) for n in (16, 64, 256)})
+    sizes = [16, 64, 256]
+    compare(runs, {f"laptop step, batch {n}": stepper(model, n, opts) for n in sizes}, sizes)
     c_tilde, noise = torch.randn(16, 20, 32), model.noise(16, torch.Generator())
     compare(runs, {"DDIM, 16 images, 100 steps": lambda: model.sample(c_tilde, noise, 100)}, 16)
     if OLD:

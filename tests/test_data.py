@@ -311,6 +311,9 @@ def test_a_folder_without_pictures_or_with_a_damaged_one_is_one_line(tmp_path):
     with pytest.raises(data.UserError, match="found 0 pictures"):
         data.load("folder", tmp_path)
     pictures(tmp_path)
+    Image.new("I;16", (64, 64), 30_000).save(tmp_path / "3.png")
+    with pytest.raises(data.UserError, match="3.png: more than 8 bits a pixel"):
+        data.load("folder", tmp_path)
     (tmp_path / "2.JPG").write_bytes(b"no picture")
     with pytest.raises(data.UserError, match="2.JPG: cannot identify image file .*remove it"):
         data.load("folder", tmp_path)
