@@ -388,7 +388,7 @@ def run(main):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, advice="make room, or choose a folder that can be written to"):
     """Yield a temporary path beside `path`; rename it over `path`, or delete it on any error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -399,7 +399,7 @@ def replacing(path):
         os.replace(temporary, path)  # atomic: a reader finds the old file or the whole new one
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); what was there before "
-                        "stays; make room, or choose a folder that can be written to") from error
+                        f"stays; {advice}") from error
     finally:
         temporary.unlink(missing_ok=True)  # after the rename there is nothing left to delete
 
@@ -610,7 +610,8 @@ def convert(dataset, path, npy, facts):
     for left in npy.parent.glob(f".*-{dataset}-64x64*.npy"):
         if time.time() - left.stat().st_mtime > 3600:
             left.unlink()
-    with replacing(npy) as temporary, open(temporary, "wb") as file:
+    advice = f"make room, or name a writable --data_dir and link {path.name} there"
+    with replacing(npy, advice) as temporary, open(temporary, "wb") as file:
         header = dict(descr="|u1", fortran_order=False, shape=shape)
         np.lib.format.write_array_header_1_0(file, header)
         for image in tqdm(images(), total=facts["images"], disable=None):  # None: on a terminal

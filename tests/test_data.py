@@ -296,7 +296,8 @@ def test_a_folder_is_converted_again_when_it_changes_and_only_then(tmp_path, cap
 
 @pytest.mark.parametrize("table, words", [
     ("file,size\n", "labels.csv: no rows"), ("file,size\n0.JPG\n", "numbers for 0.JPG: found 0"),
-    ("file,size\n0.JPG,big\n", "labels.csv: .*'big'"), ("file,a,a\n0.JPG,1,1\n", "names of columns"),
+    ("file,size\n0.JPG,big\n", "labels.csv: .*'big'"),
+    ("file,a,a\n0.JPG,1,1\n", "names of columns"),
     ("file,size\n0.JPG,1\n0.JPG,2\n", "two rows for 0.JPG"),
     ("file,size\n9.png,1\n0.JPG,2\n", r"names of no picture: found \['9.png'\]"),
     ("file,size\n0.JPG,1\n", "found 1 pictures, expected 2 or more")])
