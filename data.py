@@ -100,11 +100,11 @@ def load(dataset, data_dir="data", source="auto", device="cpu", reserve=None, va
         source, images = "official", stored(npy, facts, device, reserve)
         note = f"images from {npy}"
     if vary:
-        images, facts = hold_others(vary.split(","), images, facts)
+        images, facts = hold_others(vary.split(","), images, facts, device)
     return Dataset(dataset, source, note, images, facts, device)
 
 
-def hold_others(vary, images, facts):
+def hold_others(vary, images, facts, device):
     """Images and facts of the part of a grid in which only the factors named in `vary` change."""
     factors = dict(facts["factors"])
     if "labels" in facts or set(vary) - set(factors):
@@ -115,8 +115,8 @@ def hold_others(vary, images, facts):
         if name not in vary:
             kept = kept.narrow(axis, size // 2, 1)
             del factors[name]
-    kept = kept.flatten()
-    return lambda idx: images(kept.to(idx.device)[idx]), dict(images=len(kept), factors=factors)
+    kept = kept.flatten().to(device)  # once, not at every batch
+    return lambda idx: images(kept[idx.to(device)]), dict(images=len(kept), factors=factors)
 
 
 class Dataset:

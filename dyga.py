@@ -306,6 +306,7 @@ def measure(x):
 
 
 def normalise(x, centre, scale):
+    """x - centre in units of scale, within +-LIMIT; all three must broadcast, x any shape."""
     return ((x - centre) / scale).clamp(-LIMIT, LIMIT)
 
 

@@ -333,8 +333,8 @@ class Run:
 
         torch.manual_seed(self.seed_of(0))  # the initial weights
         self.model = Model(cfg).to(device).eval()
-        disc = PatchDiscriminator(cfg["stage1.disc_width"]).to(device)
-        self.disc = disc if cfg["stage1.disc_weight"] else None
+        self.disc = (PatchDiscriminator(cfg["stage1.disc_width"]).to(device)
+                     if cfg["stage1.disc_weight"] else None)
         reserve = check_memory(self) if device.type == "cuda" else 0
         self.ds = data.load(cfg["dataset"], cfg["data_dir"], cfg["source"], device, reserve,
                             cfg["vary"])
@@ -729,7 +729,7 @@ def check_memory(run):
     """Does a step of stage 2 fit into the GPU? -> bytes it takes. UserError naming a batch."""
     share = run.cfg["batch"] // run.world  # of this process
     batch = share
-    while batch and not fits(run, batch):
+    while batch and not step_fits(run, batch):
         batch //= 2
     if batch < share:
         raise UserError(f"--batch {run.cfg['batch']}: a step of stage 2 does not fit into the "
@@ -738,7 +738,7 @@ def check_memory(run):
     return torch.cuda.max_memory_allocated(run.device)
 
 
-def fits(run, batch):
+def step_fits(run, batch):
     """Is there memory for a step of stage 2, optimiser included? Tried on a copy of the model."""
     model = copy.deepcopy(run.model).train()
     images = torch.zeros(batch, 3, 64, 64, device=run.device)

@@ -218,6 +218,12 @@ def test_flag_beats_dataset_beats_preset_beats_default_and_all_fit_together(
     assert cfg[name] == value
 
 
+def test_the_table_of_settings_offers_all_datasets_and_presets():
+    choices = {action.dest: action.choices for action in train.build_parser()._actions}
+    assert choices["dataset"] == list(data.DATASETS)
+    assert choices["preset"] == list(train.PRESETS)
+
+
 NUMBERS = [name for name, value in train.default_settings().items()
            if isinstance(value, (int, float, list)) and not isinstance(value, bool)]
 
@@ -268,7 +274,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_a_step_that_does_not_fit_into_the_gpu_names_the_largest_half_that_does(monkeypatch):
-    monkeypatch.setattr(train, "fits", lambda run, batch: batch <= 100)
+    monkeypatch.setattr(train, "step_fits", lambda run, batch: batch <= 100)
     run = type("Run", (), {"cfg": {"batch": 512}, "world": 1, "device": torch.device("cuda")})
     with pytest.raises(data.UserError, match="--batch 512: .* at most --batch 64"):
         train.check_memory(run)
