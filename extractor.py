@@ -4,7 +4,7 @@ Where it sits: this is the network whose output we want to be disentangled. A sm
 the image into N scalars, one per unit. Then each scalar goes through a small MLP of the unit's own
 and becomes a vector of D = 32 numbers. The N vectors are the set c that the denoiser (unet.py)
 cross-attends to. Nothing here is told what a factor is: the training signal is that the denoiser
-predicts noise better when the units say something useful (and, beyond the paper, a price on that).
+predicts noise better when the units say something useful.
 
 Two bottlenecks make disentangling possible. One scalar per unit: a unit is a curve in R^D, with one
 degree of freedom, so it pays to put one thing on it. And the MLPs are private: no unit can see
@@ -46,12 +46,11 @@ class Extractor(nn.Module):
         unit_relu: end every unit in a ReLU, as Table 9 does. About half of a unit's numbers are
             then exactly 0, and equation 6 divides by them. So the laptop preset leaves it out.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
-        noisy: make the sizes of the noise that `price` adds (beyond the paper).
     """
 
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
-                 fsq_levels=(), noisy=False):
+                 fsq_levels=()):
         super().__init__()
         self.shrink = shrink
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
@@ -83,29 +82,54 @@ class Extractor(nn.Module):
             layers += [UnitLinear(n_units, d_in, d_out), nn.ReLU()]
         self.unit_mlp = nn.Sequential(*layers if unit_relu else layers[:-1])
         self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
-        if noisy:  # a tenth, so that sigma moves ten times as fast as other weights do
-            self.log_sigma_tenth = nn.Parameter(torch.full((n_units,), -0.23))  # sigma = 0.1
+        self.register_buffer("kept", torch.ones(n_units, dtype=torch.bool))  # see select
 
     def scalars(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N): all that a unit knows of them."""
         x = nn.functional.avg_pool2d(x, self.shrink)  # (B, 3, H/shrink, W/shrink)
-        return self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
+        s = self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
+        return s * self.kept
 
-    def price(self, s):
-        """Beyond the paper: scalars s (B, N) -> s with noise (B, N), and the price of its content.
+    @torch.no_grad()
+    def select(self, s, told=0.4, steps=20):
+        """Beyond the paper: keep the units that tell something of their own, silence the others.
 
-        Each scalar gets Gaussian noise, with one learnt deviation sigma a unit. What then gets
-        through, in nats, is at most KL(N(s, sigma^2) || N(0, 1)), as in a beta-VAE (Higgins et al.
-        2017). The price, a 0-dim tensor, is the sum over units of log(1 + nats). Its slope falls,
-        so a factor in one unit is cheaper than the same in two. Ten hues, log 10 nats: one unit
-        pays log(1 + 2.30) = 1.19; two that tell five and two values pay log(1 + 1.61) +
-        log(1 + 0.69) = 1.48. In nats both would pay the same. A unit that is not needed falls
-        silent, as noise alone is free. train_stage2 raises and lowers the price's weight.
+        s: the scalars (n, N) of n images, some thousands. Returns the kept units' numbers, a list.
+
+        Gradient descent tells one hue by three units, each a smooth and folded reading of the
+        colour, as nothing asks for fewer. So units are chosen one by one (forward selection): each
+        time the one that, with those chosen before, best predicts all N scalars, until none is
+        left that they predict to less than the share `told` of its variance. The scalars of all
+        others are 0 from then on: what only they told has to move to the chosen ones.
+
+        The prediction of a scalar is a sum of step functions, one of each chosen scalar, with
+        `steps` steps: a ridge regression on seven images in ten, judged by the other three.
         """
-        log_sigma = 10 * self.log_sigma_tenth  # (N,)
-        sigma = log_sigma.exp()
-        nats = ((s.square() + sigma.square() - 1) / 2 - log_sigma).mean(0)  # (N,)
-        return s + sigma * torch.randn_like(s), nats.log1p().sum()
+        n, N = s.shape
+        m = n * 7 // 10
+        s = s - s.mean(0)
+        rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
+        step = nn.functional.one_hot(rank * steps // n, steps).float()  # (n, N, steps)
+
+        def unexplained(units):
+            """Variance of each scalar (N,) that these units do not predict."""
+            x = step[:, units].flatten(1)  # (n, U, steps) -> (n, U*steps)
+            gram = x[:m].T @ x[:m] + torch.eye(x.shape[1], device=x.device)
+            weights = torch.linalg.solve(gram, x[:m].T @ s[:m])  # (U*steps, N)
+            return (s[m:] - x[m:] @ weights).square().mean(0)
+
+        variance = s[m:].square().mean(0)  # (N,)
+        chosen, rest = [], variance
+        while True:
+            untold = (rest > (1 - told) * variance).nonzero().flatten().tolist()
+            candidates = [u for u in untold if u not in chosen]
+            if not candidates:
+                break
+            chosen.append(min(candidates, key=lambda u: unexplained([*chosen, u]).sum()))
+            rest = unexplained(chosen)
+        self.kept.zero_()
+        self.kept[chosen] = True
+        return sorted(chosen)
 
     def expand(self, s):
         """Scalars s (B, N) -> units c (B, N, D), each through its private MLP."""

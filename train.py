@@ -50,7 +50,7 @@ from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, PatchDiscriminator, stage1_losses, to_float
 
-FORMAT = 5  # version of the checkpoint's layout
+FORMAT = 6  # version of the checkpoint's layout
 SAVE_MINUTES = 3  # between two checkpoints and their pictures
 LOG_STEPS = 25  # between two rows of the log; a signal waits for the next one
 PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is, in its checkpoint
@@ -91,8 +91,8 @@ PRESETS = {
     # The rate is Muon's usual one; it rises at first and falls at the end.
     --optimizer muon --t_sampling logit_normal --loss mse
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: telling costs, so that a factor is told by one unit (Extractor.price).
-    --price 2.2e-3
+    # Beyond the paper: when all factors are told somehow, keep one unit of each (Extractor.select).
+    --select_at 0.4
 
     # Five times as many as there are different ones (a tenth of Shapes3D): the encoder then costs a
     # fifth, and the anchors, fitted after each such epoch, have time to act. The average is as
@@ -128,29 +128,23 @@ class Model(torch.nn.Module):
         self.cfg = cfg
         D = cfg["extractor.unit_dim"]
         self.vqgan = VQGAN(**part(cfg, "vqgan"))  # x0 <-> z0
-        self.extractor = Extractor(**part(cfg, "extractor"), noisy=cfg["price"] > 0)  # x0 -> c
+        self.extractor = Extractor(**part(cfg, "extractor"))  # x0 -> c
         self.dyga = DyGA(cfg["extractor.n_units"], D, **part(cfg, "dyga"))  # c -> c~
         self.unet = UNet(self.vqgan.z_channels, context_dim=D, **part(cfg, "unet"))
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
-    def forward(self, images, z0, weight=0.0):
-        """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> what to minimise, a row to log.
+    def forward(self, images, z0):
+        """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> the loss of equation 2, a row.
 
-        weight: of the price of what the scalars tell (beyond the paper, see Extractor.price); 0
-        does without. The row has 0-dim tensors: the loss of equation 2, the mean delta, the price.
+        The row is what to log: 0-dim tensors, the loss and the mean delta.
         """
-        s = self.extractor.scalars(to_float(images))  # (B, N)
-        price = 0 * s.sum()  # a 0-dim tensor, on the right device
-        if weight:
-            s, price = self.extractor.price(s)
-        c = self.extractor.expand(s)  # (B, N, D)
+        c = self.extractor(to_float(images))  # (B, N, D)
         # A loss on c would be added here, for instance its distance from self.dyga.nearest(c)[0]:
         # alignment moves what the U-Net sees, and c only by way of its gradient.
         c_tilde, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N)
         loss = diffusion_loss(self.unet, z0, c_tilde, self.alpha_bar, self.cfg["loss"],
                               self.cfg["t_sampling"])
-        row = {"loss": loss, "mean_delta": delta.mean(), "price": price}
-        return loss + weight * price, row
+        return loss, {"loss": loss, "mean_delta": delta.mean()}
 
     @torch.no_grad()
     def units(self, images):
@@ -242,14 +236,9 @@ def train_stage2(run):
         rise, fall = seen / max(cfg["warmup"], 1), (1 - progress) / max(cfg["decay"], 1e-9)
         lr = cfg["lr"] * min(1.0, rise, fall)
 
-        # Beyond the paper: the price of what units tell. It silences what is not yet learnt, so it
-        # begins late, and it rises slowly: what a weak unit tells has time to move to a stronger
-        # one. At the end it is low, for precision.
-        weight = cfg["price"] * np.interp(progress, [0.35, 0.65, 0.85, 0.86], [0.0, 1.0, 1.0, 0.2])
-
         # Forward (where times, noise and dropout are drawn), loss, backward, step.
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-            loss, row = net(x0, z0, weight)
+            loss, row = net(x0, z0)
         net.zero_grad()
         loss.backward()
         row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, cfg["clip"] or math.inf)
@@ -259,6 +248,9 @@ def train_stage2(run):
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
+        # Beyond the paper: from here on, only units that tell something of their own.
+        if now < cfg["select_at"] * total <= seen:
+            select_units(run, seen)
         if seen // fit_every > now // fit_every:
             fit_anchors(run, model, seen)
         run.after_step(batch, row)
@@ -280,12 +272,22 @@ def encode_pool(run):
 
 
 @torch.no_grad()
+def select_units(run, seen):
+    """Beyond the paper: keep distinct units, by the averaged scalars of a fixed sample of images."""
+    extractor, images = run.average.extractor, run.ds.images
+    scalars = [extractor.scalars(to_float(images(idx))) for idx in run.fit_idx.split(500)]
+    kept = extractor.select(torch.cat(scalars))
+    run.model.extractor.kept.copy_(extractor.kept)
+    run.log(kept=kept, images=seen)
+
+
+@torch.no_grad()
 def fit_anchors(run, model, seen):
     """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
     if run.rank or not run.cfg["dyga.lam"]:
         return  # process 0 fits for all; without anchors, or with lambda 0, c~ is c
     model.extractor.eval()  # a unit must not depend on the rest of its batch
-    # (n, N, D), without noise, as everywhere but in training with a price
+    # (n, N, D)
     units = torch.cat([model.units(run.ds.images(idx)) for idx in run.fit_idx.split(500)])
     model.extractor.train(model is run.model)
     if not units.isfinite().all():
@@ -555,7 +557,7 @@ decay                  0.0        0..1       last share of the course in which i
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
-price                  0.0        0..1       weight of what the units tell (beyond the paper)
+select_at              0.0        0..1       at this share of the course keep distinct units; 0: all
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)

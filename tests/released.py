@@ -86,6 +86,10 @@ def places():
     return found | {f"unet.down.{i}": f"{UNET}input_blocks.{i + 1}" for i in range(11)}
 
 
+# Not in their file, or of another kind there.
+OURS = ("dyga.", "vqgan.codebook.uses", "extractor.kept")
+
+
 def their_names(name, n_units):
     """The name of a tensor of ours -> those of the tensors in their file that it is made of."""
     if name.startswith("extractor.unit_mlp."):  # a small network per unit
@@ -115,7 +119,7 @@ def convert(path, dataset):
         raise data.UserError(f"{path}: its U-Net is not a multiple of 32 channels wide")
     state = train.Model(cfg).state_dict()
     for name, ours in state.items():
-        if name.startswith("dyga.") or name == "vqgan.codebook.uses":
+        if name.startswith(OURS):
             continue
         names = their_names(name, cfg["extractor.n_units"])
         parts = [take(one) for one in names]

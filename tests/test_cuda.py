@@ -102,7 +102,7 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does(line, gpu):
 
 
 @pytest.mark.parametrize("more, parts", [
-    ("--optimizer muon --price 1e-3 --t_sampling logit_normal", "figures"), ("", "mig,control")])
+    ("--optimizer muon --select_at 0.5 --t_sampling logit_normal", "figures"), ("", "mig,control")])
 def test_no_line_of_a_run_its_resumption_or_its_evaluation_mixes_devices(
         more, parts, gpu, tmp_path, monkeypatch):
     def run(module, *flags):

@@ -1,7 +1,5 @@
 """Facts about the feature extractor (Table 9)."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,18 +36,21 @@ def test_units_end_in_a_relu_only_if_asked(asked):
     assert (small(unit_relu=asked).expand(torch.randn(50, 4)) >= 0).all() == asked
 
 
-def test_the_price_is_that_of_the_divergence_from_a_normal_and_concave_in_each_unit():
-    net, s = small(noisy=True), torch.randn(5, 4)
-    torch.nn.init.normal_(net.log_sigma_tenth, std=0.1)
-    sigma = (10 * net.log_sigma_tenth).exp()  # (N,)
-    channel = torch.distributions.Normal(s, sigma.expand(5, 4))
-    unit = torch.distributions.Normal(torch.zeros(5, 4), torch.ones(5, 4))
-    nats = torch.distributions.kl_divergence(channel, unit).mean(0)  # (N,)
-    torch.testing.assert_close(net.price(s)[1], (1 + nats).log().sum())
-    # So ten hues told by one unit (log 10 nats) cost less than as 5 x 2 by two.
-    assert math.log1p(math.log(10)) < math.log1p(math.log(5)) + math.log1p(math.log(2))
-    noise = net.price(s.repeat(2_000, 1))[0] - s.repeat(2_000, 1)  # (10000, N)
-    torch.testing.assert_close(noise.std(0), sigma, rtol=0.05, atol=0)
+def test_of_units_that_fold_one_factor_the_selection_keeps_one_and_silences_the_others_for_good():
+    torch.manual_seed(0)
+    net, hue, size = small(), torch.rand(4_000) * 6.28, torch.rand(4_000)
+    # Scalars 0 and 2 predict each other, folded as they are; 3 predicts nothing; 1 is constant.
+    s = torch.stack([3 * hue.cos(), torch.zeros(4_000), 2 * hue.cos().square(), size], 1)  # (n, N)
+    assert net.select(s) == [0, 3]
+    assert (net.scalars(torch.randn(5, 3, 64, 64)) != 0).any(0).tolist() == [True, False, False, True]
+
+
+def test_the_selection_stops_when_the_share_that_is_told_is_reached():
+    # Half of scalar 1's variance is scalar 0's.
+    s = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
+    s = s * torch.tensor([2.0, 1, 0, 0])
+    s[:, 1] += s[:, 0] / 2
+    assert small().select(s, told=0.45) == [0] and small().select(s, told=0.55) == [0, 1]
 
 
 def test_fsq_rounds_each_unit_to_a_grid_of_the_given_levels_and_lets_gradients_through():

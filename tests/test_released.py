@@ -35,7 +35,7 @@ def theirs():
         "extractor.hidden": [256, 16], "extractor.unit_hidden": [16, 32], "unet.base": 32}
     weights = {"scale_factor": torch.tensor(0.37)}
     state = train.Model(cfg).state_dict()
-    for ours in [name for name in state if "dyga." not in name and "uses" not in name]:
+    for ours in [name for name in state if not name.startswith(released.OURS)]:
         names, shape = released.their_names(ours, 3), state[ours].shape
         if "unit_mlp" in ours:
             shape = shape[2:] if ours.endswith("bias") else (shape[2], shape[1])

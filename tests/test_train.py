@@ -117,7 +117,7 @@ def test_a_run_in_bfloat16_has_float32_weights_and_losses_near_those_of_float32(
     assert sum(half) / len(half) == pytest.approx(sum(exact) / len(exact), rel=0.03)
     trained = [x for name, x in kept(tmp_path, "model").items()
                if name.startswith(("unet.", "extractor."))]
-    assert {x.dtype for x in trained if x.ndim} == {torch.float32}
+    assert {x.dtype for x in trained if x.is_floating_point()} == {torch.float32}
 
 
 def test_same_seed_same_numbers_and_another_seed_other_numbers(finished, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_finished_stage_1_can_be_copied_and_resumed_with_other_settings_of_sta
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The arguments of every call of Model.forward: (model, images, latents, weight)."""
+    """The arguments of every call of Model.forward: (model, images, latents)."""
     forward, made = train.Model.forward, []
 
     def watched(*arguments):
@@ -185,19 +185,20 @@ def test_stage_2_draws_from_one_pool_hands_on_its_latents_and_fits_after_each_pa
     flags = [*SHORT, "--out", tmp_path, "--pool_images", pool, "--images", images]
     assert run_main(monkeypatch, *flags) == 0
     assert 0.75 * pool < len({x.numpy().tobytes() for call in calls for x in call[1]}) <= pool
-    for model, x0, z0, _ in calls:  # z0 was kept as float16
+    for model, x0, z0 in calls:  # z0 was kept as float16
         torch.testing.assert_close(z0, model.vqgan.encode(x0), atol=1e-3, rtol=1e-3)
     assert [row["images"] for row in rows(tmp_path, "of")] == [*fits, images]
     assert kept(tmp_path, "seen")[2] == images
 
 
-def test_units_learn_freely_at_first_then_their_price_rises_slowly_and_is_low_at_the_end(
-        tmp_path, monkeypatch, calls):
-    assert run_main(monkeypatch, *SHORT, "--out", tmp_path, "--price", "6e-3") == 0
-    asked = [call[3] for call in calls]  # of ten steps
-    assert asked == pytest.approx([0, 0, 0, 0, 1e-3, 3e-3, 5e-3, 6e-3, 6e-3, 1.2e-3])
-    # A row is the mean of two steps.
-    assert [row["price"] > 0 for row in rows(tmp_path, "loss")] == [False, False, True, True, True]
+def test_units_are_selected_once_for_the_trained_and_the_averaged_model(tmp_path, monkeypatch):
+    flags = [*SHORT, "--out", tmp_path, "--select_at", "0.5"]
+    assert run_main(monkeypatch, *flags) == 0
+    (row,) = rows(tmp_path, "kept")
+    kept_units = [unit in row["kept"] for unit in range(6)]
+    assert row["images"] == 160 and 0 < sum(kept_units)
+    for name in ("model", "average"):
+        assert kept(tmp_path, name)["extractor.kept"].tolist() == kept_units
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
