@@ -102,31 +102,26 @@ class Extractor(nn.Module):
         left that they predict to less than the share `told` of its variance. The scalars of all
         others are 0 from then on: what only they told has to move to the chosen ones.
 
-        The prediction of a scalar is a sum of step functions, one of each chosen scalar, with
-        `steps` steps: a ridge regression on seven images in ten, judged by the other three.
+        The prediction of a scalar is a sum of step functions of the chosen scalars, one of each,
+        with `steps` steps (ridge regression).
         """
         n, N = s.shape
-        m = n * 7 // 10
         s = s - s.mean(0)
         rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
         step = nn.functional.one_hot(rank * steps // n, steps).float()  # (n, N, steps)
 
-        def unexplained(units):
+        def untold(units):
             """Variance of each scalar (N,) that these units do not predict."""
             x = step[:, units].flatten(1)  # (n, U, steps) -> (n, U*steps)
-            gram = x[:m].T @ x[:m] + torch.eye(x.shape[1], device=x.device)
-            weights = torch.linalg.solve(gram, x[:m].T @ s[:m])  # (U*steps, N)
-            return (s[m:] - x[m:] @ weights).square().mean(0)
+            gram = x.T @ x + torch.eye(x.shape[1], device=x.device)
+            return (s - x @ torch.linalg.solve(gram, x.T @ s)).square().mean(0)
 
-        variance = s[m:].square().mean(0)  # (N,)
-        chosen, rest = [], variance
-        while True:
-            untold = (rest > (1 - told) * variance).nonzero().flatten().tolist()
-            candidates = [u for u in untold if u not in chosen]
-            if not candidates:
-                break
-            chosen.append(min(candidates, key=lambda u: unexplained([*chosen, u]).sum()))
-            rest = unexplained(chosen)
+        chosen = []
+        candidates = list(range(N))
+        while candidates:
+            chosen.append(min(candidates, key=lambda u: untold([*chosen, u]).sum()))
+            share = untold(chosen) / s.square().mean(0)  # (N,); nan for a constant unit
+            candidates = [u for u in range(N) if share[u] > 1 - told and u not in chosen]
         self.kept.zero_()
         self.kept[chosen] = True
         return sorted(chosen)
