@@ -16,7 +16,6 @@ import math
 import os
 import sys
 import tarfile
-import time
 import tokenize
 import zipfile
 import zlib
@@ -41,7 +40,7 @@ DATASETS = {
     "cars3d": dict(
         images=17_568,
         factors={"elevation": 4, "azimuth": 24, "object type": 183},
-        files=["nips2015-analogy-data.tar.gz", "data/cars", "cars"],
+        files=["nips2015-analogy-data.tar.gz"],
         advice="get it from http://www.scottreed.info/files/nips2015-analogy-data.tar.gz"),
     "mpi3d_toy": dict(
         images=1_036_800,
@@ -62,12 +61,11 @@ DATASETS = {
 }
 
 
-def load(dataset, data_dir="data", source="auto", device="cpu", reserve=None, vary=""):
+def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     """Open a Dataset.
 
     source: "official" reads files in data_dir; "rendered" draws the twin, for shapes3d only; "auto"
     is official, or the twin where the file of shapes3d is missing.
-    reserve: bytes of a GPU's memory that the images must leave free; None is half of what is free.
     vary: some of a grid's factors, "NAME,NAME". The others are held at the middle of their values:
     the dataset is the smaller grid of these.
     UserError: unknown names; files that are missing, damaged, or cannot be read or converted.
@@ -97,7 +95,7 @@ def load(dataset, data_dir="data", source="auto", device="cpu", reserve=None, va
             facts = celeba_facts(folder, facts)
         if found[0] != npy:
             convert(dataset, found[0], npy, facts)
-        source, images = "official", stored(npy, facts, device, reserve)
+        source, images = "official", stored(npy, facts, device)
         note = f"images from {npy}"
     if vary:
         images, facts = hold_others(vary.split(","), images, facts, device)
@@ -106,16 +104,15 @@ def load(dataset, data_dir="data", source="auto", device="cpu", reserve=None, va
 
 def hold_others(vary, images, facts, device):
     """Images and facts of the part of a grid in which only the factors named in `vary` change."""
-    factors = dict(facts["factors"])
-    if "labels" in facts or set(vary) - set(factors):
+    sizes = facts["factors"]
+    if "labels" in facts or set(vary) - set(sizes):
         raise UserError(f"cannot vary {vary}: expected factors of a grid of images, found "
-                        f"{list(factors)}")
-    kept = torch.arange(facts["images"]).view(*factors.values())  # an axis per factor
-    for axis, (name, size) in enumerate(facts["factors"].items()):
-        if name not in vary:
-            kept = kept.narrow(axis, size // 2, 1)
-            del factors[name]
+                        f"{list(sizes)}")
+    held = tuple(slice(None) if name in vary else slice(size // 2, size // 2 + 1)
+                 for name, size in sizes.items())
+    kept = torch.arange(facts["images"]).view(*sizes.values())[held]  # an axis per factor
     kept = kept.flatten().to(device)  # once, not at every batch
+    factors = {name: sizes[name] for name in sizes if name in vary}
     return lambda idx: images(kept[idx.to(device)]), dict(images=len(kept), factors=factors)
 
 
@@ -404,30 +401,30 @@ def replacing(path, advice="make room, or choose a folder that can be written to
         temporary.unlink(missing_ok=True)  # after the rename there is nothing left to delete
 
 
-def image_grid(images, row_labels=None, col_labels=None, title=None, scale=1):
+def image_grid(images, row_labels=(), col_labels=(), title="", scale=1):
     """Draw uint8 images (R, C, 3, H, W) as a PIL.Image, every pixel `scale` wide, with labels."""
-    pixels = torch.as_tensor(images).cpu().movedim(2, -1).numpy()  # (R, C, H, W, 3)
-    pixels = pixels.repeat(scale, 2).repeat(scale, 3)
-    R, C, H, W, _ = pixels.shape
-    rows, cols, title = row_labels or [], col_labels or [], title or ""
+    tiles = torch.as_tensor(images).cpu().movedim(2, -1)  # (R, C, H, W, 3)
+    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3).numpy()
+    R, C, H, W, _ = tiles.shape
     font = ImageFont.load_default(size=13)
 
-    def width(label):
-        return math.ceil(font.getlength(str(label))) + 8
+    def widest(labels):
+        return max((math.ceil(font.getlength(str(label))) + 8 for label in labels), default=0)
 
-    left = max(map(width, rows), default=0)
-    top = 18 * (bool(title) + bool(cols))  # lines of 18 pixels
-    across, down = max([W, *map(width, cols)]) + 2, H + 2
-    wide = max(left + C * across, width(title))
+    left = widest(row_labels)
+    top = 36 if title or col_labels else 0  # two lines of text
+    across, down = max(W, widest(col_labels)) + 2, H + 2
+    wide = max(left + C * across, widest([title]))
     sheet = Image.new("RGB", (wide, top + R * down), "white")
+    draw = ImageDraw.Draw(sheet)
+    # Anchors of a text: its left end, middle or right end, at half height.
+    draw.text((4, 9), title, "black", font, "lm")
+    for c, label in enumerate(col_labels):
+        draw.text((left + c * across + W / 2, 27), str(label), "black", font, "mm")
+    for r, label in enumerate(row_labels):
+        draw.text((left - 4, top + r * down + H / 2), str(label), "black", font, "rm")
     for r, c in np.ndindex(R, C):
-        sheet.paste(Image.fromarray(pixels[r, c]), (left + c * across, top + r * down))
-    # Of each text: which point of it (left, middle or right, at half height) lies where.
-    texts = [(title, "lm", 4, 9)]
-    texts += [(col, "mm", left + c * across + W / 2, top - 9) for c, col in enumerate(cols)]
-    texts += [(row, "rm", left - 4, top + r * down + H / 2) for r, row in enumerate(rows)]
-    for text, anchor, x, y in texts:
-        ImageDraw.Draw(sheet).text((x, y), str(text), "black", font, anchor)
+        sheet.paste(Image.fromarray(tiles[r, c]), (left + c * across, top + r * down))
     return sheet
 
 
@@ -454,18 +451,14 @@ def main():
     p = Parser(description="Say what a dataset holds, and draw a grid with a row per factor.")
     p.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
     p.add_argument("--data_dir", default="data", help="folder with the files or pictures")
-    p.add_argument("--source", default="auto", help="auto, official or rendered")
     p.add_argument("--vary", default="", help="hold all factors but these: NAME,NAME,...")
-    p.add_argument("--out", help="picture to write; None means out/data-DATASET.png")
     args = p.parse_args()
-    ds = load(args.dataset, args.data_dir, args.source, vary=args.vary)
-    print(ds.source_note)
-    print(f"{ds.name}: {len(ds):,} images, {ds.source}")
-    print("factors:", dict(zip(ds.factor_names, ds.factor_sizes)))
-    out = Path(args.out or f"out/data-{ds.name}.png")
+    ds = load(args.dataset, args.data_dir, vary=args.vary)
+    out = Path(f"out/data-{ds.name}.png")
     with replacing(out) as temporary:
-        sample_grid(ds).save(temporary, format="PNG")
-    print(f"wrote {out}")
+        sample_grid(ds).save(temporary)
+    print(f"{ds.source_note}\n{len(ds):,} images, {ds.source}; factors:",
+          dict(zip(ds.factor_names, ds.factor_sizes)), f"\nwrote {out}")
 
 
 # ---- Pictures in a folder: your own, and CelebA --------------------------------------------------
@@ -606,10 +599,6 @@ def convert(dataset, path, npy, facts):
     for old in npy.parent.glob(f"{dataset}-64x64-*.npy"):  # of a folder before it changed
         if old != npy:  # another process may have made it just now
             old.unlink()
-    # A killed run leaves its large temporary file. Unchanged for an hour, it is such a one.
-    for left in npy.parent.glob(f".*-{dataset}-64x64*.npy"):
-        if time.time() - left.stat().st_mtime > 3600:
-            left.unlink()
     advice = f"make room, or name a writable --data_dir and link {path.name} there"
     with replacing(npy, advice) as temporary, open(temporary, "wb") as file:
         header = dict(descr="|u1", fortran_order=False, shape=shape)
@@ -618,27 +607,19 @@ def convert(dataset, path, npy, facts):
             file.write(image.tobytes())
 
 
-def stored(npy, facts, device, reserve):
+def stored(npy, facts, device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file."""
     with readable(npy, "remove it and run this again"):
         # (images, 64, 64, 3), on disk. "c": what is written stays in memory; PyTorch wants that.
         array = np.load(npy, mmap_mode="c")
         expect_images(array.shape, array.dtype, facts)
         pixels = torch.from_numpy(array)
-    if device.type == "cuda" and fits(pixels.nbytes, device, reserve):
-        pixels = pixels.to(device)
 
     def read(idx):
-        images = pixels[idx.to(pixels.device)].to(device)  # (B, 64, 64, 3)
+        images = pixels[idx.cpu()].to(device)  # (B, 64, 64, 3)
         return images.permute(0, 3, 1, 2).contiguous()  # (B, 3, 64, 64)
 
     return read
-
-
-def fits(nbytes, device, reserve):
-    """Whether a GPU has room for nbytes beside `reserve` bytes (None: half of what is free)."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return nbytes <= free - (free / 2 if reserve is None else reserve)
 
 
 def read_shapes3d(path, facts):
@@ -657,35 +638,28 @@ def read_shapes3d(path, facts):
 
 
 def read_cars3d(path, facts):
-    """One .mat file per car: key im, uint8 (128, 128, 3, 24 azimuths, 4 elevations)."""
+    """cars/car_*.mat, one per car: key im, uint8 (128, 128, 3, 24 azimuths, 4 elevations)."""
     import scipy.io  # slow to import, like h5py
     elevations, azimuths, types = facts["factors"].values()
     cars = {}  # file name -> its 96 views, uint8 (64, 64, 3)
-    for name, file in car_files(path):
-        with readable(f"{path}/{name}", facts["advice"], TypeError, scipy.io.matlab.MatReadError):
-            im = scipy.io.loadmat(file)["im"]
-            expected = (128, 128, 3, azimuths, elevations, "uint8")
-            expect("im", (*im.shape, str(im.dtype)), expected)
-        views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)
-        cars[name] = [shrink(Image.fromarray(view)) for view in views]
+    with tarfile.open(path) as archive:
+        for entry in archive:  # it also holds that paper's other datasets
+            if not Path(entry.name).match("cars/car_*.mat"):
+                continue
+            with readable(f"{path}/{entry.name}", facts["advice"], TypeError,
+                          scipy.io.matlab.MatReadError):
+                im = scipy.io.loadmat(archive.extractfile(entry))["im"]
+                expected = (128, 128, 3, azimuths, elevations, "uint8")
+                expect("im", (*im.shape, str(im.dtype)), expected)
+            views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)
+            cars[entry.name] = [shrink(Image.fromarray(view)) for view in views]
+        while archive.fileobj.read(1 << 20):
+            pass  # to the very end: there gzip compares its checksum
     expect("files cars/car_*.mat", len(cars), types)
     # Row-major in (elevation, azimuth, object type): the car changes fastest. Which car is number 0
     # is only a name: disentanglement_lib takes the order of the folder on disk, we sort.
     for views in zip(*[cars[name] for name in sorted(cars)]):
         yield from views
-
-
-def car_files(path):
-    """Yield the name of each car's file, and the file, from the folder or the archive."""
-    if path.is_dir():
-        yield from ((file.name, file) for file in path.glob("car_*.mat"))
-        return
-    with tarfile.open(path) as archive:
-        for entry in archive:  # it also holds that paper's other datasets
-            if Path(entry.name).match("cars/car_*.mat"):
-                yield Path(entry.name).name, archive.extractfile(entry)
-        while archive.fileobj.read(1 << 20):
-            pass  # to the very end: there gzip compares its checksum
 
 
 def read_mpi3d_toy(path, facts):

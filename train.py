@@ -273,7 +273,7 @@ def encode_pool(run):
 
 @torch.no_grad()
 def select_units(run, seen):
-    """Beyond the paper: keep distinct units, by the averaged scalars of a fixed sample of images."""
+    """Beyond the paper: keep distinct units, by the averaged scalars of a fixed sample."""
     extractor, images = run.average.extractor, run.ds.images
     scalars = [extractor.scalars(to_float(images(idx))) for idx in run.fit_idx.split(500)]
     kept = extractor.select(torch.cat(scalars))
@@ -337,9 +337,9 @@ class Run:
         self.model = Model(cfg).to(device).eval()
         self.disc = (PatchDiscriminator(cfg["stage1.disc_width"]).to(device)
                      if cfg["stage1.disc_weight"] else None)
-        reserve = check_memory(self) if device.type == "cuda" else 0
-        self.ds = data.load(cfg["dataset"], cfg["data_dir"], cfg["source"], device, reserve,
-                            cfg["vary"])
+        if device.type == "cuda":
+            check_memory(self)
+        self.ds = data.load(cfg["dataset"], cfg["data_dir"], cfg["source"], device, cfg["vary"])
         cfg["source"] = self.ds.source  # in place of auto
         if world > 1 and device.type == "cuda":  # BatchNorm over the whole batch
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -728,7 +728,7 @@ def in_bfloat16(device):
 
 
 def check_memory(run):
-    """Does a step of stage 2 fit into the GPU? -> bytes it takes. UserError naming a batch."""
+    """UserError, naming a batch, if a step of stage 2 does not fit into the GPU's memory."""
     share = run.cfg["batch"] // run.world  # of this process
     batch = share
     while batch and not step_fits(run, batch):
@@ -737,7 +737,6 @@ def check_memory(run):
         raise UserError(f"--batch {run.cfg['batch']}: a step of stage 2 does not fit into the "
                         f"memory of {run.device}; expected at most --batch {batch * run.world} "
                         "(0: smaller networks, or --device cpu)")
-    return torch.cuda.max_memory_allocated(run.device)
 
 
 def step_fits(run, batch):

@@ -164,12 +164,6 @@ def test_unknown_names_are_refused():
             data.load(*names)
 
 
-def test_a_gpu_keeps_what_the_step_needs_free_or_else_half(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
-    assert [data.fits(n, None, 30) for n in (70, 71)] == [True, False]
-    assert [data.fits(n, None, None) for n in (50, 51)] == [True, False]
-
-
 def test_replacing_swaps_the_file_on_success_and_leaves_nothing_on_error(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     with data.replacing(path) as temporary:
@@ -225,11 +219,11 @@ def command(folder, *arguments, encoding="utf-8"):
 def test_the_command_draws_a_row_per_factor_whatever_names_the_terminal_can_show(
         tmp_path, encoding):
     name = "\u753b\u50cf" if os.name == "nt" else os.fsdecode(b"caf\xe9 \xe7\x94\xbb")
-    done = command(tmp_path, "--out", f"{name}/grid.png", encoding=encoding)
+    done = command(tmp_path, "--data_dir", name, encoding=encoding)
     assert done.returncode == 0 and done.stderr == b"" and b"480,000 images" in done.stdout
-    assert done.stdout.startswith(b"no 3dshapes.h5") and b"\\u" in done.stdout.split(b"wrote")[1]
-    assert os.listdir(tmp_path) == [name]
-    with Image.open(Path(tmp_path, name, "grid.png")) as picture:
+    assert done.stdout.startswith(b"no 3dshapes.h5") and b"\\u" in done.stdout
+    assert os.listdir(tmp_path) == ["out"]
+    with Image.open(tmp_path / "out" / "data-shapes3d.png") as picture:
         assert picture.height > 6 * 64 and picture.width > 15 * 64
 
 
