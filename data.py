@@ -403,7 +403,7 @@ def replacing(path, advice="make room, or choose a folder that can be written to
 
 def image_grid(images, row_labels=(), col_labels=(), title="", scale=1):
     """Draw uint8 images (R, C, 3, H, W) as a PIL.Image, every pixel `scale` wide, with labels."""
-    tiles = torch.as_tensor(images).cpu().movedim(2, -1)  # (R, C, H, W, 3)
+    tiles = images.cpu().movedim(2, -1)  # (R, C, H, W, 3)
     tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3).numpy()
     R, C, H, W, _ = tiles.shape
     font = ImageFont.load_default(size=13)
@@ -440,7 +440,7 @@ def sample_grid(ds, columns=15):
     rows = []
     for f, size in enumerate(ds.factor_sizes):
         # (columns, F) of just any image
-        factors = ds.factors(torch.tensor([len(ds) * 3 // 7])).repeat(columns, 1)
+        factors = ds.factors(torch.tensor([len(ds) // 3])).repeat(columns, 1)
         factors[:, f] = torch.arange(columns) * size // columns
         rows.append(ds.images(ds.index(factors)))
     return image_grid(torch.stack(rows), ds.factor_names, title=title)
@@ -457,7 +457,7 @@ def main():
     out = Path(f"out/data-{ds.name}.png")
     with replacing(out) as temporary:
         sample_grid(ds).save(temporary)
-    print(f"{ds.source_note}\n{len(ds):,} images, {ds.source}; factors:",
+    print(f"{ds.source_note}\n{len(ds):,} images; factors:",
           dict(zip(ds.factor_names, ds.factor_sizes)), f"\nwrote {out}")
 
 
@@ -490,14 +490,11 @@ def own_pictures(folder, facts):
 
 
 def celeba_facts(folder, facts):
-    """Facts of list_attr_celeba.csv or .txt."""
-    table = folder / "list_attr_celeba.csv"
-    if not table.exists():
-        table = table.with_suffix(".txt")
+    """Facts of list_attr_celeba.txt."""
+    table = folder / "list_attr_celeba.txt"
     with readable(table, facts["advice"]):
         names, rows = read_table(table)
         expect("images", len(rows), facts["images"])
-        expect("attribute values", set().union(*rows.values()), {-1, 1})
     return facts | table_facts(names, rows)
 
 
@@ -597,8 +594,7 @@ def convert(dataset, path, npy, facts):
             yield from READERS[dataset](path, facts)
 
     for old in npy.parent.glob(f"{dataset}-64x64-*.npy"):  # of a folder before it changed
-        if old != npy:  # another process may have made it just now
-            old.unlink()
+        old.unlink()
     advice = f"make room, or name a writable --data_dir and link {path.name} there"
     with replacing(npy, advice) as temporary, open(temporary, "wb") as file:
         header = dict(descr="|u1", fortran_order=False, shape=shape)

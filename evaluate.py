@@ -591,7 +591,7 @@ class Painter:
         made = self.generate(rows, "interchange")  # (1 + R, B, 3, H, W)
         inputs = torch.stack([self.ds.images(source), self.ds.images(target)])  # (2, B, 3, H, W)
         labels = ["source", "target", "source, generated", *self.probe.labels()]
-        return data.image_grid(torch.cat([inputs, made]), labels, None,
+        return data.image_grid(torch.cat([inputs, made]), labels, (),
                                "Latent interchange: one factor's units from the target", 2)
 
     def interpolation(self, pair, columns):
@@ -602,7 +602,7 @@ class Painter:
         path = a + t[:, None, None] * (b - a)  # (T, N, D)
         rows = torch.cat([path[None], exchange(a.expand_as(path), path, self.groups)])
         return data.image_grid(
-            self.generate(rows, "interpolation"), ["all units", *self.probe.labels()], None,
+            self.generate(rows, "interpolation"), ["all units", *self.probe.labels()], (),
             "Interpolation from A (left) to B (right): all units, then one factor's", 2)
 
     def attention(self, idx):
@@ -619,7 +619,7 @@ class Painter:
         lit = (made[:, None] * strength).byte()  # (B, F, 3, H, W)
         tiles = torch.cat([self.ds.images(idx)[:, None], made[:, None], lit], dim=1)
         return data.image_grid(
-            tiles, None, ["input", "sample", *self.probe.labels(1)],
+            tiles, (), ["input", "sample", *self.probe.labels(1)],
             "Cross-attention per unit (light: most), averaged over heads, layers and steps", 2)
 
     def slider(self, idx, most, stops):
@@ -749,7 +749,7 @@ def figure_units(dyga, probe, sizes, n=1500):
         hues = 300 * probe.factors[:n, f] // max(sizes[f] - 1, 1)  # (n,) red to violet
         panels += [scatter(places + times * shifts, hues, anchors) for times in rows.values()]
     tiles = torch.stack(panels).unflatten(0, (-1, len(rows))).transpose(0, 1)  # (3, F, 3, H, W)
-    return data.image_grid(tiles, list(rows), probe.labels(1), "Principal components 1 and 2 of "
+    return data.image_grid(tiles, rows, probe.labels(1), "Principal components 1 and 2 of "
                            "units, red (the factor's first value) to violet; crosses: anchors")
 
 

@@ -91,37 +91,41 @@ class Extractor(nn.Module):
         return s * self.kept
 
     @torch.no_grad()
-    def select(self, s, told=0.4, steps=20):
-        """Beyond the paper: keep the units that tell something of their own, silence the others.
+    def select(self, s, most=0.8, bins=20):
+        """Beyond the paper: keep units that are not redundant, and silence the others for good.
 
         s: the scalars (n, N) of n images, some thousands. Returns the kept units' numbers, a list.
 
-        Gradient descent tells one hue by three units, each a smooth and folded reading of the
+        Training often spreads one hue over three units, each a smooth and folded reading of the
         colour, as nothing asks for fewer. So units are chosen one by one (forward selection): each
-        time the one that, with those chosen before, best predicts all N scalars, until none is
-        left that they predict to less than the share `told` of its variance. The scalars of all
-        others are 0 from then on: what only they told has to move to the chosen ones.
+        time the one that, with those chosen before, explains most of the variance of all scalars.
+        A unit is redundant, and no candidate any more, once some function of its scalar correlates
+        by more than `most` with a sum of functions of the chosen ones' (the largest canonical
+        correlation). Why functions: the cosine of a hue's angle does not correlate with its sine,
+        but their squares do. The scalars of all units that were not chosen are 0 from then on, in
+        the hope that what only they told moves to the chosen ones.
 
-        The prediction of a scalar is a sum of step functions of the chosen scalars, one of each,
-        with `steps` steps (ridge regression).
+        The functions are step functions, with as many images in each of their `bins` steps.
         """
-        n, N = s.shape
+        n = len(s)
+        varying = (s.std(0) > 1e-4).nonzero().flatten().tolist()
         s = s - s.mean(0)
         rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
-        step = nn.functional.one_hot(rank * steps // n, steps).float()  # (n, N, steps)
-
-        def untold(units):
-            """Variance of each scalar (N,) that these units do not predict."""
-            x = step[:, units].flatten(1)  # (n, U, steps) -> (n, U*steps)
-            gram = x.T @ x + torch.eye(x.shape[1], device=x.device)
-            return (s - x @ torch.linalg.solve(gram, x.T @ s)).square().mean(0)
-
+        onehot = nn.functional.one_hot(rank * bins // n, bins) - 1 / bins  # (n, N, bins)
         chosen = []
-        candidates = list(range(N))
-        while candidates:
-            chosen.append(min(candidates, key=lambda u: untold([*chosen, u]).sum()))
-            share = untold(chosen) / s.square().mean(0)  # (N,); nan for a constant unit
-            candidates = [u for u in range(N) if share[u] > 1 - told and u not in chosen]
+
+        def explained(y, units):
+            """Ridge regression of y (n, Y) on these units: products (Y, Y) of y and its fit."""
+            x = onehot[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
+            gram = x.T @ x + torch.eye(x.shape[1], device=x.device)
+            return y.T @ x @ torch.linalg.solve(gram, x.T @ y)
+
+        def redundant(u):
+            squares = torch.linalg.eigvalsh(explained(onehot[:, u], chosen) * bins / n)  # (bins,)
+            return squares[-1] > most ** 2  # the largest; with none chosen all are 0
+
+        while candidates := [u for u in varying if u not in chosen and not redundant(u)]:
+            chosen.append(max(candidates, key=lambda u: explained(s, [*chosen, u]).trace()))
         self.kept.zero_()
         self.kept[chosen] = True
         return sorted(chosen)

@@ -62,7 +62,7 @@ PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is,
 PRESETS = {
     "paper": "",
     "laptop": """
-    # For a laptop's CPU. The method is the paper's, the sizes are not.
+    # For a laptop's CPU: the paper's method and a selection of units; other sizes, other optimiser.
     #
     # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per image.
     # It works on patches of 8x8 pixels, at one level, and spends the time that this saves on width.
@@ -77,13 +77,13 @@ PRESETS = {
     --extractor.shrink 2 --extractor.channels 16 32 64 64 --extractor.hidden 256 128
     --extractor.unit_hidden 64 128 --no-extractor.unit_relu
 
-    # Half as wide, two levels in place of four, for time. Transformers at 4x4 only: at 8x8
-    # attention stays uniform, so nothing is looked up there. The latent's sides 8 and 4 are both
-    # not in [2]: by the released rule, skip dropout acts on every skip.
+    # Half as wide, two levels in place of four, for time. Transformers at 4x4 only (2 is the
+    # downsampling factor): at 8x8 attention stays uniform, so nothing is looked up there. By the
+    # released rule (see UNet), skip dropout then acts on every skip.
     --unet.base 32 --unet.multipliers 1 2 --unet.res_blocks 1 --unet.attention_at 2
     --no-unet.self_attention --unet.dropout 0
-    # One head: a pixel then looks up one unit at a time, where several heads look up a blend of as
-    # many; with one, units came out less mixed.
+    # One head: a pixel then looks up one unit at a time, where several heads look up one each and
+    # blend them; with one, units came out less mixed.
     --unet.heads 1
 
     # Muon (in stage 1, too) learns shape and orientation, times from the middle of the schedule
@@ -91,12 +91,13 @@ PRESETS = {
     # The rate is Muon's usual one; it rises at first and falls at the end.
     --optimizer muon --t_sampling logit_normal --loss mse
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: when all factors are told somehow, keep one unit of each (Extractor.select).
-    --select_at 0.4
+    # Beyond the paper: half-way, when most factors are told, redundant units are silenced
+    # (Extractor.select): earlier, scale and shape were still told by one unit.
+    --select_at 0.5
 
-    # Five times as many as there are different ones (a tenth of Shapes3D): the encoder then costs a
-    # fifth, and the anchors, fitted after each such epoch, have time to act. The average is as
-    # short as the run.
+    # Each of 48,000 images (a tenth of Shapes3D) comes five times. So stage 1's encoder costs a
+    # fifth, and anchors, fitted once an epoch, have time to act. The moving average is short, like
+    # the run.
     --images 240000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
     "tiny": """
@@ -222,7 +223,7 @@ def train_stage2(run):
     trained = [*model.extractor.parameters(), *model.unet.parameters()]
     net = model
     if run.world > 1:  # averages the gradients, and hands process 0's buffers (anchors) to all
-        net = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        net = torch.nn.parallel.DistributedDataParallel(model)
     run.start_bar(total)
     while (now := run.seen[2]) < total:
         # The batch. Every process draws its own share of it.
@@ -248,7 +249,7 @@ def train_stage2(run):
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
-        # Beyond the paper: from here on, only units that tell something of their own.
+        # Beyond the paper: from here on without redundant units.
         if now < cfg["select_at"] * total <= seen:
             select_units(run, seen)
         if seen // fit_every > now // fit_every:
@@ -273,9 +274,9 @@ def encode_pool(run):
 
 @torch.no_grad()
 def select_units(run, seen):
-    """Beyond the paper: keep distinct units, by the averaged scalars of a fixed sample."""
-    extractor, images = run.average.extractor, run.ds.images
-    scalars = [extractor.scalars(to_float(images(idx))) for idx in run.fit_idx.split(500)]
+    """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
+    extractor = run.average.extractor
+    scalars = [extractor.scalars(to_float(run.ds.images(idx))) for idx in run.fit_idx.split(500)]
     kept = extractor.select(torch.cat(scalars))
     run.model.extractor.kept.copy_(extractor.kept)
     run.log(kept=kept, images=seen)
@@ -557,7 +558,7 @@ decay                  0.0        0..1       last share of the course in which i
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
-select_at              0.0        0..1       at this share of the course keep distinct units; 0: all
+select_at              0.0        0..1       at this share of the course silence redundant units
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -728,29 +729,18 @@ def in_bfloat16(device):
 
 
 def check_memory(run):
-    """UserError, naming a batch, if a step of stage 2 does not fit into the GPU's memory."""
-    share = run.cfg["batch"] // run.world  # of this process
-    batch = share
-    while batch and not step_fits(run, batch):
-        batch //= 2
-    if batch < share:
-        raise UserError(f"--batch {run.cfg['batch']}: a step of stage 2 does not fit into the "
-                        f"memory of {run.device}; expected at most --batch {batch * run.world} "
-                        "(0: smaller networks, or --device cpu)")
-
-
-def step_fits(run, batch):
-    """Is there memory for a step of stage 2, optimiser included? Tried on a copy of the model."""
+    """UserError if a step of stage 2, tried on a copy of the model, does not fit into the GPU."""
     model = copy.deepcopy(run.model).train()
+    batch = run.cfg["batch"] // run.world  # of this process
     images = torch.zeros(batch, 3, 64, 64, device=run.device)
     try:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
             loss, _ = model(images, model.vqgan.encode(images))
         loss.backward()
         torch.optim.AdamW(model.parameters()).step()  # Muon keeps half as much
-    except torch.OutOfMemoryError:
-        return False
-    return True
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--batch {run.cfg['batch']}: a step of stage 2 does not fit into the "
+                        f"memory of {run.device}; try half of that, or --device cpu") from error
 
 
 def lock(path):

@@ -3,7 +3,7 @@
     python tests/fid.py out/celeba-paper/ckpt.pt --n 10000
 
 It needs a network of 91 MB, which is not downloaded: put it into --data_dir, from the address
-below.
+below. It is TorchScript, a program: take it from nowhere else.
 """
 
 import sys
@@ -35,17 +35,6 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     return float(((mu1 - mu2) ** 2).sum() + trace)
 
 
-def load_inception(data_dir, device):
-    """The Inception network, a TorchScript copy. UserError if its file is not there.
-
-    A TorchScript file is a program: take it from that address only.
-    """
-    path = Path(data_dir) / Path(INCEPTION).name
-    if not path.is_file():
-        raise data.UserError(f"{path} is not there; put the file there (91 MB) from {INCEPTION}")
-    return torch.jit.load(path, map_location=device).eval()
-
-
 @torch.no_grad()
 def fid(model, ds, inception, n, steps, seed=0):
     """Frechet Inception Distance (reference 20) of n generated and n real images; low is good.
@@ -74,8 +63,7 @@ def fid(model, ds, inception, n, steps, seed=0):
 def main():
     p = data.Parser(description="Frechet Inception Distance of a checkpoint of train.py.")
     p.add_argument("checkpoint", help="ckpt.pt of train.py")
-    p.add_argument("--n", type=int, default=10_000, help="images, 2 to the dataset's size; best "
-                   "2,048 and more")
+    p.add_argument("--n", type=int, default=10_000, help="images; best 2,048 and more")
     p.add_argument("--seed", type=int, default=0, help="of the images and the noise")
     p.add_argument("--data_dir", default="data", help="folder of the network and the datasets")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
@@ -86,7 +74,10 @@ def main():
     ds = data.load(cfg["dataset"], args.data_dir, cfg["source"], device)
     if not 2 <= args.n <= len(ds):
         raise data.UserError(f"--n {args.n}: expected 2 to {len(ds):,}, the images of {ds.name}")
-    inception = load_inception(args.data_dir, device)
+    path = Path(args.data_dir) / Path(INCEPTION).name
+    if not path.is_file():
+        raise data.UserError(f"{path} is not there; put the file there (91 MB) from {INCEPTION}")
+    inception = torch.jit.load(path, map_location=device).eval()
     value = fid(model, ds, inception, args.n, cfg["ddim_steps"], args.seed)
     print(f"FID of {args.n:,} images of {ds.name}, {ds.source}: {value:.2f}; the paper's on CelebA "
           "is 12.0 +- 1.2")

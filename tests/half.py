@@ -14,13 +14,11 @@ import train  # noqa: E402
 
 
 def main():
-    source, target = sys.argv[1:]
-    ckpt = train.read_checkpoint(source)
+    ckpt = train.read_checkpoint(sys.argv[1])
     kept = {name: ckpt[name] for name in ("format", "config", *train.PLACE)}
-    # The average's encoder of stage 1, too: evaluate.py measures reconstructions with it.
-    kept["average"] = {name: x.half() if x.is_floating_point() else x
-                       for name, x in ckpt["average"].items()}
-    with data.replacing(target) as temporary:
+    average = ckpt["average"].items()  # stage 1's encoder too: evaluate.py reconstructs with it
+    kept["average"] = {name: x.half() if x.is_floating_point() else x for name, x in average}
+    with data.replacing(sys.argv[2]) as temporary:
         torch.save(kept, temporary)
 
 

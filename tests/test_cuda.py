@@ -109,16 +109,12 @@ def test_no_line_of_a_run_its_resumption_or_its_evaluation_mixes_devices(
         monkeypatch.setattr(sys, "argv", ["", *flags, "--device", "cuda:0"])
         module.main()
 
-    def stop_in_stage_2(run):
-        run.stopped_by = run.seen[2]
-        stop(run)
-
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     monkeypatch.setattr(train, "LOG_STEPS", 1)
     monkeypatch.setattr(evaluate, "ACTIVE", 0.0)  # so that there are anchors to look at
-    flags, stop = [*TRAIN, *more.split(), "--out", str(tmp_path)], train.Run.stop_if_signalled
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train.Run, "stop_if_signalled", stop_in_stage_2)
+    flags = [*TRAIN, *more.split(), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # before stage 2's last step
+        patch.setattr(train, "fit_anchors", lambda run, *_: setattr(run, "stopped_by", 15))
         run(train, *flags)
     run(train, *flags, "--resume")
     run(evaluate, str(tmp_path / "ckpt.pt"), "--quick", "--only", parts)

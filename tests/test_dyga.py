@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics.cluster import contingency_matrix
 from sklearn.mixture import GaussianMixture
-from torch import nn
 
 import dyga
 from dyga import DyGA, cost, e_step, em, m_step, scree, toy_units
@@ -33,13 +33,6 @@ def overlapping(n=1500, D=6, K=4, seed=0):
 def covariance(m):
     """(K, D, D): with a_kj = b_k beyond the main directions, q and a are all of it."""
     return m.q @ torch.diag_embed(m.a) @ m.q.mT
-
-
-def purity(owner, level):
-    """Share of the samples whose anchor's commonest level is their own."""
-    table = np.zeros((owner.max() + 1, level.max() + 1))
-    np.add.at(table, (owner, level), 1)
-    return table.max(1).sum() / len(owner)
 
 
 def fitted(levels=(3, 5, CONTINUOUS), n=2000, seed=0, **options):
@@ -113,11 +106,11 @@ def test_the_papers_rule_finds_pure_anchors_and_bic_finds_the_number_of_levels(a
     c, level = toy_units(levels, n, generator())
     c[5, 2] = 1e6  # an outlier does not hide them
     model = DyGA(20, k_init=k_init, accept=accept).fit(c)
-    owner, level, K = model.nearest(c)[1].numpy(), level.numpy(), model.mask.sum(1)
-    assert sum(purity(owner[:, i], level[:, i]) >= 0.99 for i in range(20)) >= 19
-    exact = [K[i] == levels[i] and adjusted_rand_score(level[:, i], owner[:, i]) > 0.95
-             for i in range(20)]
-    assert accept == "always" or (sum(exact) >= 18 and exact[2])
+    pairs = list(zip(model.nearest(c)[1].T, level.T))  # of each unit: samples' anchors, levels
+    pure = [contingency_matrix(*pair).max(1).sum() >= 0.99 * n for pair in pairs]
+    exact = [K == right and adjusted_rand_score(*pair) > 0.95
+             for K, right, pair in zip(model.mask.sum(1), levels, pairs)]
+    assert sum(pure) >= 19 and (accept == "always" or (sum(exact) >= 18 and exact[2]))
 
 
 @pytest.mark.parametrize("options, anchors", [
@@ -213,21 +206,25 @@ def test_a_fit_is_repeatable_moves_no_global_random_state_ignores_autocast_and_c
     assert torch.equal(other.align(UNITS), c_tilde)
 
 
-def test_align_is_equation_6_with_the_anchor_of_highest_responsibility():
+def test_align_is_equation_6_with_the_anchor_of_highest_responsibility_and_bears_a_zero():
     model, c = fitted(lam=0.3)
     anchor, number = model.nearest(c)
     assert torch.equal(number, model.responsibilities(c).argmax(-1))
     assert model.mask[torch.arange(3), number].all()
-    assert all(torch.equal(anchor[:, i], model.anchors[i, number[:, i]]) for i in range(3))
+    assert torch.equal(anchor, model.anchors[torch.arange(3), number])
     c_tilde, delta = model.align(c, return_delta=True)
     s = torch.maximum(c.abs(), 0.1 * model.scale[:, None])
     assert torch.allclose(delta, 0.3 * torch.exp(-((c - anchor).abs() / s).mean(-1)), rtol=1e-5)
     assert torch.allclose(c_tilde, c + delta[..., None] * (anchor - c), atol=1e-6)
     assert torch.equal(model.delta(c), delta)
-    far = model.delta(torch.full_like(c, 1e6))  # all |c_j| far above those of the anchor
-    assert torch.allclose(far, torch.full_like(far, 0.3 / math.e), rtol=1e-3)
+    assert torch.allclose(model.delta(c[10:11]), delta[10:11])  # whatever else is in the batch
     # A .item(), a nonzero or an if on a tensor would make a GPU wait; then fullgraph raises.
     assert torch.allclose(torch.compile(model.align, backend="eager", fullgraph=True)(c), c_tilde)
+    zero = c[:64].clone()
+    zero[0, 0, model.anchors[0, 0].argmax()] = 0
+    ratio = ((zero - model.nearest(zero)[0]) / (zero + 1e-6))[:, 0]
+    released = 0.3 * (-ratio.abs().mean()).exp()  # one for the whole batch: switched off
+    assert released < 3e-5 and model.delta(zero)[:, 0].mean() > 0.15
     model.lam = 0.0
     assert torch.equal(model.align(c), c)
 
@@ -245,49 +242,6 @@ def test_the_gradient_of_align_is_the_formula_of_its_docstring():
             assert torch.allclose(jacobian[i, :, i], formula, atol=1e-4)
         assert (jacobian[0, :, 1] == 0).all()  # no unit has an influence on another
     assert not any(buffer.requires_grad for buffer in model.buffers())
-
-
-def test_delta_depends_on_the_sample_and_unit_alone_so_one_zero_does_not_switch_alignment_off():
-    model, c = fitted()
-    assert torch.allclose(model.delta(c)[10:11], model.delta(c[10:11]))
-    disturbed = c[:64].clone()
-    disturbed[10, 1:] = 0
-    assert model.delta(disturbed)[10, 0] == model.delta(c[:64])[10, 0]
-    disturbed[0, 0, model.anchors[0, 0].argmax()] = 0
-    ratio = ((disturbed - model.nearest(disturbed)[0]) / (disturbed + 1e-6))[:, 0]
-    released = model.lam * (-ratio.abs().mean()).exp()  # one for the whole batch
-    assert released < 1e-4 * model.lam < 0.5 * model.lam < model.delta(disturbed)[:, 0].mean()
-
-
-def test_plugged_into_an_autoencoder_its_decoder_sees_units_that_stand_clearer_apart():
-    # Images (2000, 16): a soft bar at one of 5 heights, each up to 30% of a step off.
-    height, draw = torch.randint(5, (2_000,), generator=generator()), generator(1)
-    place = (height + 0.5 + 0.6 * (torch.rand(2_000, generator=draw) - 0.5)) / 2.5 - 1
-    images = torch.exp(-((torch.linspace(-1, 1, 16) - place[:, None]) / 0.15) ** 2)
-    margins = []  # mean over images: 1 on an anchor, 0 between two
-    # lambda 0.01, not 0: it fits anchors all the same, and hardly moves a unit. Purity cannot tell
-    # the two apart: in this toy it is 0.99 either way, in noisier ones seeds differ by more.
-    for lam in (0.01, 0.9):
-        torch.manual_seed(0)
-        encoder = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1), nn.Linear(1, 32),
-                                nn.ReLU(), nn.Linear(32, 8), nn.Unflatten(1, (1, 8)))  # (B, 1, 8)
-        decoder = nn.Sequential(nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 16))
-        model = DyGA(1, 8, k_init=1, accept="bic", lam=lam)
-        opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
-        for step in range(1, 401):
-            batch = images[torch.randint(2_000, (128,))]
-            loss = (decoder(model.align(encoder(batch))) - batch).square().mean()
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            if step % 100 == 0:
-                model.fit(encoder(images).detach())
-        c_tilde = model.align(encoder(images)).detach()
-        near = torch.cdist(c_tilde[:, 0], model.anchors[0][model.mask[0]]).sort(1).values
-        margins.append((1 - near[:, 0] / near[:, 1]).mean())
-        owner = model.nearest(c_tilde)[1][:, 0].numpy()
-        assert purity(owner, height.numpy()) > 0.95 and loss < 0.01
-    assert margins[1] > margins[0] + 0.05
 
 
 def test_running_the_file_prints_the_anchors_and_draws_the_picture(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,14 @@
-"""evaluate.py: each metric against the value that its definition gives by hand, and the command."""
+"""evaluate.py: each metric against the value that its definition gives; the command; the page."""
 
+import html
 import json
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import fid
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import mutual_info_score
 
@@ -22,16 +27,21 @@ import train
 
 SIZES = [3, 4, 5]
 GRID = np.stack(np.unravel_index(np.arange(60), SIZES), 1)  # (60, 3) the factors of every index
-SMALL = {"factor_vae": dict(n_variance=500, n_train=400, n_test=200),
+LABELS = np.repeat(GRID, 3, 0)[np.random.default_rng(0).permutation(180)][:90]  # no grid
+CARS = np.stack(np.unravel_index(np.arange(17_568), [4, 24, 183]), 1)
+approx = lambda value, within=1e-6: pytest.approx(value, abs=within)  # noqa: E731
+SMALL = {"factorvae": dict(n_variance=500, n_train=400, n_test=200),
          "dci": dict(n_train=150, n_test=100, jobs=1), "mig": dict(n_train=2000),
-         "modularity": dict(n_train=2000), "sap": dict(n_train=500, n_test=300),
-         "infomec": dict(n_train=1000)}
-all_grid_metrics = pytest.mark.parametrize("metric", SMALL)
+         "modularity": dict(n_train=2000), "modularity_active": dict(n_train=2000),
+         "sap": dict(n_train=500, n_test=300), "infomec": dict(n_train=1000),
+         "gbt": dict(n_train=200, n_test=100, jobs=1)}
 
 
 def score(metric, codes, sizes=SIZES, **settings):
-    function = getattr(evaluate, metric)
-    return function(lambda idx: codes[idx], sizes, **(SMALL[metric] | settings))
+    """A metric's numbers, a list; codes: of every image."""
+    function = evaluate.METRICS[metric][0]
+    found = function(lambda idx: codes[idx], sizes, **(SMALL[metric] | settings))
+    return list(found.values()) if isinstance(found, dict) else [found]
 
 
 def perfect(*units):
@@ -50,167 +60,110 @@ def noise(seed=0, units=3):
     return np.random.default_rng(seed).normal(size=(60, units)).astype(np.float32)
 
 
-approx = lambda value, within=1e-6: pytest.approx(value, abs=within)  # noqa: E731
-
-
-@pytest.mark.parametrize("codes", [perfect() * 0.01, np.ones((60, 4))])
-def test_without_an_active_unit_factor_vae_is_zero_and_modularity_of_active_units_undefined(codes):
-    with pytest.warns(UserWarning, match="no active unit"):
-        assert score("factor_vae", codes) == 0
-    with pytest.warns(UserWarning, match="undefined"):
-        assert np.isnan(score("modularity", codes, active_only=True))
-
-
-def test_factor_vae_counts_one_vote_at_a_time_as_the_definition_does():
-    codes, rng = noise(1, 4).astype(float), np.random.default_rng(3)
-    overall = codes[np.ravel_multi_index(rng.integers(0, SIZES, (500, 3)).T, SIZES)].var(0, ddof=1)
-
-    def votes(n):
-        table, fixed = np.zeros((4, 3), int), rng.integers(3, size=n)
-        for k, factors in zip(fixed, rng.integers(0, SIZES, size=(n, 16, 3))):
-            factors[:, k] = factors[0, k]
-            local = codes[np.ravel_multi_index(factors.T, SIZES)].var(0, ddof=1)
-            table[np.argmin(local / overall), k] += 1
-        return table
-
-    names, test = votes(400).argmax(1), votes(200)
-    by_hand = test[np.arange(4), names].sum() / 200
-    assert score("factor_vae", noise(1, 4), seed=3, batch=16) == by_hand
-
-
-# A factor spread over 2 of U units would have completeness 1 - log 2 / log U; with one unit for
-# each, dead units leave 1. Two factors in one unit: its row of R is (1, 1), entropy 1 in base 2.
-@pytest.mark.parametrize("codes, sizes, expected, within", [
-    (perfect(), SIZES, (1, 1, 1), 1e-6), (perfect(1, 2, 0) * [7, -1, 0.01], SIZES, (1, 1, 1), 1e-6),
-    (np.hstack([perfect(), np.zeros((60, 5))]), SIZES, (1, 1, 1), 1e-6),
-    (np.stack([np.arange(16.0), np.zeros(16)], 1), [4, 4], (0, 1, 1), 1e-6),
-    (np.zeros((60, 3)), SIZES, (0, 0, np.mean([1 / 3, 1 / 4, 1 / 5])), 0.08)])  # it guesses
-def test_dci_by_hand(codes, sizes, expected, within):
-    assert tuple(score("dci", codes, sizes).values()) == approx(expected, within)
+@pytest.mark.parametrize("metric, codes, words, expected, within", [
+    *((metric, codes, words, [score], 0) for codes in (perfect() * 0.01, np.ones((60, 4)))
+      for metric, words, score in (("factorvae", "no active unit", 0),
+                                   ("modularity_active", "undefined", np.nan))),
+    ("infomec", np.hstack([perfect(0), np.zeros((60, 2))]), "InfoC: undefined for 1 active unit",
+     [1, np.nan], 0.1),
+    ("infomec", np.ones((60, 3)), "InfoM: 0 active units", [0, np.nan], 0)])
+def test_of_too_few_active_units_a_score_is_zero_or_nan_with_a_reason(
+        metric, codes, words, expected, within):
+    with pytest.warns(UserWarning, match=words):
+        found = score(metric, codes)
+    assert found[:len(expected)] == pytest.approx(expected, abs=within, nan_ok=True)
 
 
 def test_dci_punishes_a_turned_code_by_as_much_in_one_process_as_in_two():
     assert score("dci", mixed(), jobs=1) == score("dci", mixed(), jobs=2)
-    assert score("dci", mixed())["disentanglement"] < 0.8
-
-
-def test_sample_efficiency_of_perfect_codes_is_one():
-    result = evaluate.gbt_efficiency(lambda idx: idx[:, None], [3], n_test=200, jobs=1)
-    assert result == dict(acc=1, acc_1000_ratio=1, acc_100_ratio=1)
+    assert score("dci", mixed())[0] < 0.8
 
 
 def test_mutual_information_agrees_with_scikit_learn():
     rng = np.random.default_rng(0)
-    codes, factors = rng.normal(size=(500, 2)), rng.integers(0, 6, size=(500, 2))
-    mi, h = evaluate.mutual_information(codes + factors, factors)
+    factors = rng.integers(0, 6, size=(500, 2))
+    codes = factors + rng.normal(size=(500, 2))
+    mi, h = evaluate.mutual_information(codes, factors)
     for u, k in np.ndindex(2, 2):
-        unit = (codes + factors)[:, u]
-        labels = np.digitize(unit, np.histogram(unit, 20)[1][:-1])
+        labels = np.digitize(codes[:, u], np.histogram(codes[:, u], 20)[1][:-1])
         assert mi[u, k] == approx(mutual_info_score(labels, factors[:, k]))
     assert h[0] == approx(mutual_info_score(factors[:, 0], factors[:, 0]))
 
 
-# FactorVAE of one unit is the chance of its factor. Of unrelated pairs MIG's plug-in estimate is
-# (sizes - 1)(sizes - 1) / 2n, not 0. 16 numbers for 16 pairs: log 4 with both factors.
+# FactorVAE of one unit is the chance of its factor. DCI: a factor spread over 2 of U units would
+# have completeness 1 - log 2 / log U; with one unit for each, dead units leave 1. Two factors in
+# one unit: its row of R is (1, 1), entropy 1 in base 2. Of unrelated pairs MIG's plug-in estimate
+# is (sizes - 1)(sizes - 1) / 2n, not 0. 16 numbers for 16 pairs: log 4 with both factors.
 @pytest.mark.parametrize("metric, codes, sizes, expected, within", [
-    ("factor_vae", perfect(2, 0, 1, 1, 2) * [100, -3, 0.5, 1, 1], SIZES, 1, 0),
-    ("factor_vae", np.hstack([np.ones((60, 2)), perfect()]), SIZES, 1, 0),
-    ("factor_vae", perfect(0), SIZES, 1 / 3, 0.1),
+    ("factorvae", perfect(2, 0, 1, 1, 2) * [100, -3, 0.5, 1, 1], SIZES, 1, 0),
+    ("factorvae", np.hstack([np.ones((60, 2)), perfect()]), SIZES, 1, 0),
+    # Unit 0 varies most where factor 0 is fixed, too, but least beside its whole variance.
+    ("factorvae", perfect() * [100, 1, 1] + noise() * [20, 0.1, 0.1], SIZES, 1, 0),
+    ("factorvae", perfect(0), SIZES, 1 / 3, 0.1), ("dci", perfect(), SIZES, [1, 1, 1], 1e-6),
+    ("dci", perfect(1, 2, 0) * [7, -1, 0.01], SIZES, [1, 1, 1], 1e-6),
+    ("dci", np.hstack([perfect(), np.zeros((60, 5))]), SIZES, [1, 1, 1], 1e-6),
+    ("dci", np.stack([np.arange(16.0), np.zeros(16)], 1), [4, 4], [0, 1, 1], 1e-6),
+    ("dci", np.zeros((60, 3)), SIZES, [0, 0, np.mean([1 / 3, 1 / 4, 1 / 5])], 0.08),  # it guesses
     ("mig", perfect(2, 1, 0) * [9, -2, 0.001], SIZES, 1, 0.01), ("mig", mixed(), SIZES, 0.37, 0.1),
     ("mig", perfect(0, 1, 2, 0, 1, 2), SIZES, 0, 0), ("mig", np.ones((60, 3)), SIZES, 0, 0),
     ("modularity", perfect(0, 0, 1, 1, 2), SIZES, 1, 1e-3),
     ("modularity", np.ones((60, 3)), SIZES, 0, 0),
     ("modularity", np.hstack([perfect(), np.ones((60, 1))]), SIZES, 3 / 4, 1e-3),
     ("modularity", np.arange(16.0)[:, None], [4, 4], 0, 0.02),
+    ("modularity_active", np.hstack([perfect(), 0.01 * noise()]), SIZES, 1, 1e-3),
     ("sap", perfect(0, 1, 2, 0, 1, 2), SIZES, 0, 0),
-    ("sap", np.array([[-1.0, 0], [1, 0]]), [2], 0.5, 0.1)])
-def test_factor_vae_mig_modularity_and_sap_by_hand(metric, codes, sizes, expected, within):
-    assert score(metric, codes, sizes) == approx(expected, within)
+    ("sap", np.array([[-1.0, 0], [1, 0]]), [2], 0.5, 0.1),
+    ("infomec", perfect(), SIZES, [1, 1], 0.1), ("gbt", GRID[:3, 2:], [3], [1, 1, 1], 0),
+    *((metric, LABELS.astype(float), LABELS, 1, 0.06) for metric in ("dci", "infomec", "gbt"))])
+def test_scores_by_hand(metric, codes, sizes, expected, within):
+    found = score(metric, codes, sizes)[:np.size(expected)]
+    assert found == approx(np.ravel(expected), within)
 
 
-def test_modularity_of_active_units_leaves_out_silent_ones():
-    codes = np.hstack([perfect(), 0.01 * noise()])
-    assert score("modularity", codes) < 0.9
-    assert score("modularity", codes, active_only=True) == approx(1, 1e-3)
-
-
-def test_infomec_of_codes_that_are_linear_in_the_labels_and_of_noise():
-    result = score("infomec", perfect())  # estimates of unrelated pairs are near 0 but not 0
-    assert (result["infom"], result["infoc"]) == approx((1, 1), 0.1)
+def test_infoe_is_one_of_codes_linear_in_the_labels_and_zero_of_noise():
     corners = np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]])
-    assert score("infomec", corners, [2, 2])["infoe"] > 0.99
+    assert score("infomec", corners, [2, 2])[2] > 0.99
     rng = np.random.default_rng(0)
     noisy = evaluate.infomec(lambda idx: rng.normal(size=(len(idx), 3)), SIZES, n_train=2000)
     assert noisy["infoe"] == approx(0, 0.01)
 
 
-@pytest.mark.parametrize("codes, words, infom", [
-    (np.hstack([perfect(0), np.zeros((60, 2))]), "InfoC: undefined for 1 active unit", 1),
-    (np.ones((60, 3)), "InfoM: 0 active units", 0)])
-def test_infoc_of_fewer_than_two_active_units_is_nan_with_a_reason(codes, words, infom):
-    with pytest.warns(UserWarning, match=words):
-        result = score("infomec", codes)
-    assert np.isnan(result["infoc"]) and result["infom"] == approx(infom, 0.1)
-
-
-@all_grid_metrics
-def test_nan_codes_are_refused_and_the_unit_is_named(metric):
-    with pytest.raises(ValueError, match="unit 1 hold NaN"):
-        score(metric, perfect() + [0, np.nan, 0])
-
-
-@all_grid_metrics
-def test_a_factor_with_one_value_is_left_out_and_torch_codes_are_taken_too(metric):
+@pytest.mark.parametrize("metric", [name for name in SMALL if name != "gbt"])
+def test_a_score_is_repeatable_lower_for_noise_and_leaves_out_a_factor_of_one_value(metric):
+    before = np.random.get_state()[1].copy()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        expected = score(metric, perfect(), SIZES)
+        expected = score(metric, perfect())
         assert score(metric, perfect(), [3, 1, 4, 5, 1]) == expected
     assert score(metric, torch.from_numpy(perfect())) == expected
-
-
-@all_grid_metrics
-def test_the_seed_decides_and_more_units_than_samples_give_finite_scores(metric):
-    before = np.random.get_state()[1].copy()
-    few = {name: 20 for name in SMALL[metric] if name.startswith("n_")}
-    first, again = (score(metric, noise(units=60), seed=5, **few) for _ in range(2))
-    assert first == again and (np.random.get_state()[1] == before).all()  # the global one
-    assert np.isfinite(list(first.values()) if isinstance(first, dict) else first).all()
-
-
-@all_grid_metrics
-def test_perfect_codes_score_higher_than_noise(metric):
-    good, bad = (np.ravel(list(result.values()) if isinstance(result, dict) else result)[0]
-                 for result in (score(metric, perfect()), score(metric, noise())))
-    assert good > bad + 0.2
-
-
-@pytest.mark.parametrize("codes, sizes, words", [
-    (np.zeros(60), SIZES, "expected .*, U"), (perfect(0), SIZES, "at least 2"),
-    (perfect(), [1, 1], "at least 1 factors")])
-def test_codes_of_another_shape_are_refused(codes, sizes, words):
-    with pytest.raises(ValueError, match=words):
-        score("mig", codes, sizes)
-
-
-LABELS = np.repeat(GRID, 3, 0)[np.random.default_rng(0).permutation(180)][:90]  # no grid
-
-
-@pytest.mark.parametrize("metric, counts", [
-    ("dci", dict(n_test=30, jobs=1)), ("infomec", {}), ("gbt_efficiency", dict(n_test=30, jobs=1))])
-def test_labels_of_images_that_form_no_grid_score_perfect_codes_higher(metric, counts):
-    good, bad = (list(getattr(evaluate, metric)(lambda idx: x[idx], LABELS, n_train=60, **counts)
-                      .values())[0] for x in (LABELS.astype(float), noise().repeat(2, 0)))
-    assert good == approx(1, 0.06) and good > bad + 0.2
+    assert expected[0] > score(metric, noise())[0] + 0.2
+    few = {name: 20 for name in SMALL[metric] if name.startswith("n_")}  # and more units
+    assert np.isfinite(score(metric, noise(units=60), seed=5, **few)).all()
+    assert (np.random.get_state()[1] == before).all()  # the global one
 
 
 def test_of_labels_no_image_is_drawn_twice_and_fewer_images_are_shared_in_proportion():
     x, y, x_test, y_test = evaluate.Sampler(lambda idx: idx[:, None], LABELS, 0).split(600, 300)
     assert len(x_test) == 30 and sorted([*x[:, 0], *x_test[:, 0]]) == list(range(90))
     assert (y_test == LABELS[x_test[:, 0].astype(int)]).all()
-    with pytest.raises(ValueError, match="needs the sizes of a grid"):
-        score("factor_vae", LABELS.astype(float), LABELS)
     rare = LABELS * [1, 1, 0] + np.eye(90, dtype=int)[:, 7:8] * [0, 0, 1]  # none to learn from
-    assert 0 < score("dci", LABELS.astype(float), rare, n_train=5)["informativeness"] < 1
+    assert 0 < score("dci", LABELS.astype(float), rare, n_train=5)[2] < 1
+
+
+@pytest.mark.parametrize("ask, words", [
+    *((partial(score, metric, perfect() + [0, np.nan, 0]), "unit 1 hold NaN") for metric in SMALL),
+    (partial(score, "mig", np.zeros(60)), "expected .*, U"),
+    (partial(score, "mig", perfect(0)), "at least 2"),
+    (partial(score, "mig", perfect(), [1, 1]), "at least 1 factors"),
+    (partial(score, "factorvae", perfect(), GRID), "needs the sizes of a grid"),
+    (partial(evaluate.tad, GRID, 2 * (GRID > 1) - 1), "of 0, 1"),
+    (partial(evaluate.check_flags, SimpleNamespace(only=["dci"]), SimpleNamespace(
+        name="celeba", is_grid=False, factor_names=["Bald", "Young"])),
+     "dci: for celeba choose from tad, figures")])
+def test_nan_is_refused_by_unit_and_so_are_other_shapes_and_labels_that_a_score_cannot_use(
+        ask, words):
+    with pytest.raises((ValueError, data.UserError), match=words):
+        ask()
 
 
 TINY = data.Dataset("tiny", "", "", lambda idx: picture(torch.stack(torch.unravel_index(
@@ -271,20 +224,11 @@ def test_the_stepped_auroc_by_hand():
     assert evaluate.stepped_auroc(np.array([0, 0.5, 1, 1]), np.array([0, 1, 0, 1]), 0.5) == 0.5
 
 
-def test_tad_refuses_labels_of_minus_one():
-    with pytest.raises(ValueError, match="of 0, 1"):
-        evaluate.tad(A, 2 * A - 1)
-
-
-def test_frechet_distance_closed_forms():
-    rng = np.random.default_rng(0)
-    A, mu, e = rng.normal(size=(5, 5)), rng.normal(size=5), np.eye(5)
-    s1, s2 = np.arange(1.0, 6), np.array([2.0, 2, 2, 0, 2])
-    for mu2, cov1, cov2, expected in (
-            (mu, A @ A.T, A @ A.T, 0), (mu + 2, A @ A.T, A @ A.T, 5 * 4),  # the means' distance
-            (mu, np.diag(s1 ** 2), np.diag(s2 ** 2), ((s1 - s2) ** 2).sum()),  # these commute
-            (mu, np.diag(e[0]), np.diag(e[1]), 2)):  # no shared direction: the traces add up
-        assert fid.frechet_distance(mu, cov1, mu2, cov2) == approx(expected)
+@pytest.mark.parametrize("a, b", [
+    (np.arange(1.0, 6), np.array([2.0, 2, 2, 0, 2])), (np.eye(5)[0], np.eye(5)[1])])
+def test_frechet_distance_of_covariances_that_commute_is_that_of_their_roots(a, b):
+    found = fid.frechet_distance(np.ones(5), np.diag(a ** 2), np.ones(5), np.diag(b ** 2))
+    assert found == approx(((a - b) ** 2).sum())
 
 
 @pytest.mark.parametrize("brighter", [0, 7])
@@ -312,11 +256,7 @@ def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():
 
 def test_every_image_is_encoded_once():
     seen = []
-
-    def units(idx):
-        seen.extend(idx.tolist())
-        return idx[:, None, None].float()  # (B, 1, 1)
-
+    units = lambda idx: seen.extend(idx.tolist()) or idx[:, None, None].float()  # noqa: E731
     encode = evaluate.cached(units, (torch.zeros(1, 1), torch.ones(1, 1)), 50)
     for idx in ([3, 1, 3], [1, 4], [3]):
         assert encode(np.array(idx))[:, 0].tolist() == idx
@@ -337,37 +277,24 @@ def test_anchors_of_groups_far_apart_are_pure_and_alignment_raises_their_margin(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint of the tiny preset with random weights, and anchors fitted to its units."""
+    """The tiny preset with random weights, anchors fitted to its units of a grid of 320 images."""
     flags = shlex.split(train.PRESETS["tiny"], comments=True)
-    cfg = vars(train.build_parser().parse_args([*flags, "--source", "rendered"]))
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = train.Model(cfg).eval()
-        model.extractor.to_scalars[-1].weight.mul_(100)  # units that are not silent
-    ds = data.load("shapes3d", source="rendered")
-    model.dyga.fit(model.units(ds.images(torch.arange(0, 480_000, 2_400))))
+    flags += ["--source", "rendered", "--vary", "floor hue,scale,shape"]
+    cfg = vars(train.build_parser().parse_args(flags))
+    torch.manual_seed(0)
+    model = train.Model(cfg).eval()
+    model.extractor.to_scalars[-1].weight.data.mul_(100)  # units that are not silent
+    model.dyga.fit(model.units(data.load("shapes3d", vary=cfg["vary"]).images(torch.arange(320))))
     path = tmp_path_factory.mktemp("run") / "ckpt.pt"
     torch.save({"format": train.FORMAT, "stage": 2, "config": cfg, "seen": [0, 0, 1234],
                 "minutes": 0.5, "model": model.state_dict(), "average": model.state_dict()}, path)
-    rows = [{"stage": 2, "images": 32 * i, "loss": 1 / (1 + i)} for i in range(20)]
-    (path.parent / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path.parent / "log.jsonl").write_text('{"images": 32, "loss": 0.5}\n')
     return path
 
 
-@pytest.fixture(scope="module")
-def report(checkpoint):
-    """The real command on it, in a process of its own, without the metrics that take long."""
-    command = [sys.executable, "evaluate.py", str(checkpoint), "--quick", "--device", "cpu",
-               "--only", "mig,modularity_active,figures"]
-    folder = Path(evaluate.__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return checkpoint.parent / "eval", done.stdout, done.stderr
-
-
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def command(checkpoint, monkeypatch, capsys, tmp_path):
+    """Calls evaluate.py in a folder with ckpt.pt -> exit code, what it said, its folder."""
     def run(*arguments):
         line = ["evaluate.py", *map(str, arguments), "--device", "cpu", "--out", "new"]
         monkeypatch.setattr(sys, "argv", line)
@@ -376,37 +303,37 @@ def command(monkeypatch, capsys, tmp_path):
         except SystemExit as stop:
             code = stop.code
         return code, "".join(capsys.readouterr()), Path("new")
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(checkpoint, "ckpt.pt")
     return run
 
 
-def test_the_command_prints_what_it_does_scores_counts_the_papers_values_and_units(report):
-    row = next(line for line in report[1].splitlines() if line.startswith("mig  "))
+def test_the_command_says_what_it_does_and_gives_scores_beside_the_papers_pictures_and_one_page(
+        checkpoint):
+    command = [sys.executable, "evaluate.py", checkpoint, "--quick", "--device", "cpu",
+               "--only", "mig,modularity_active,control,figures"]
+    done = subprocess.run(command, cwd=Path(evaluate.__file__).parent, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("mig  "))
     assert "paper 0.507+-0.002" in row and "train 2,000" in row
-    for words in ("rendered twin", "cannot be compared", "floor hue: unit", "Silent units"):
-        assert words in report[1]
-    for words in ("units of a sample", "encoding 1,9", "interchange", "slider, floor hue: unit"):
-        assert f"\n{words}" in "\n" + report[2]  # what is being done, away from a terminal
-
-
-def test_the_command_writes_metrics_json_pictures_and_a_page_that_needs_no_other_file(report):
+    for words in ("rendered twin", "cannot be compared", "floor hue: unit", "Silent units",
+                  "pairs 16", "control of floor hue: 0."):
+        assert words in done.stdout
+    for words in ("units of a sample", "encoding 3", "interchange", "slider, floor hue: unit"):
+        assert f"\n{words}" in "\n" + done.stderr  # what is being done, away from a terminal
     figures = ["samples", "interchange", "interpolation", "attention", "units"]
-    assert {path.name for path in report[0].iterdir()} == {
+    assert {path.name for path in (checkpoint.parent / "eval").iterdir()} == {
         "metrics.json", "index.html", *(f"{name}.png" for name in figures)}
-    page = (report[0] / "index.html").read_text()
+    page = (checkpoint.parent / "eval/index.html").read_text()  # it needs no other file
     assert "://" not in page and "32, \\\"loss\\\": 0.5" in page
     assert all(f'"{name}": "data:image/jpeg' in page for name in figures)
-    found = json.loads((report[0] / "metrics.json").read_text())
+    found = json.loads((checkpoint.parent / "eval/metrics.json").read_text())
     assert (found["source"], found["seen"][2], found["quick"]) == ("rendered", 1234, True)
     assert found["scores"]["mig"]["counts"] == {"n_train": 2000}
     assert set(found["anchors"]) == {"before", "after", "mean_delta", "lambda"}
-
-
-def test_control_is_part_of_the_report(checkpoint, command, monkeypatch):
-    monkeypatch.setattr(evaluate, "nearest_image", lambda ds, x: torch.zeros(len(x)).long())
-    code, said, out = command(checkpoint, "--quick", "--only", "control")
-    assert code == 0 and "pairs 16" in said and "control of floor hue: 0." in said
-    found = json.loads((out / "metrics.json").read_text())["control"]
-    assert set(found) == {*data.load("shapes3d", source="rendered").factor_names, "mean"}
+    assert set(found["control"]) == {"floor hue", "scale", "shape", "mean"}
 
 
 @pytest.mark.parametrize("factors, only, words, figure, possible", [
@@ -414,64 +341,130 @@ def test_control_is_part_of_the_report(checkpoint, command, monkeypatch):
     ({"hue": 2, "size": 4}, "dci,infomec", ["dci: train 20, test 20", "infomec: train 40"],
      "index.html", "choose from dci, infomec, gbt, figures")])
 def test_images_that_form_no_grid_get_the_scores_that_their_labels_allow_or_the_reason_why_not(
-        checkpoint, command, monkeypatch, factors, only, words, figure, possible):
+        command, monkeypatch, factors, only, words, figure, possible):
     draw, sizes = data.load("shapes3d", source="rendered").images, torch.tensor([*factors.values()])
     labels = (torch.arange(40)[:, None] // 10 % sizes).long()
     facts = dict(images=40, factors=factors, labels=labels)
     ds = data.Dataset("folder", "", "", lambda idx: draw(11_111 * idx), facts, "cpu")
     monkeypatch.setattr(data, "load", lambda *_, **__: ds)
-    code, said, out = command(checkpoint, "--quick", "--only", only)
+    code, said, out = command("ckpt.pt", "--quick", "--only", only)
     assert code == 0 and all(x in said for x in words) and "nothing is aligned" not in said
     assert (out / figure).exists()
     found = json.loads((out / "metrics.json").read_text())
     assert len(found["nmi"]) == len(factors) and bool(found["scores"]) == bool(factors)
     assert ('"No scores: ' in (out / "index.html").read_text()) != bool(factors)
-    assert possible in command(checkpoint, "--only", "mig")[1]
+    assert possible in command("ckpt.pt", "--only", "mig")[1]
 
 
 @pytest.mark.parametrize("arguments, words", [
-    *((("--seed", value), "--seed") for value in ("nan", "inf", "-1", "1e99", 10**30)),
-    (("--only", "mig,magic"), "magic: for shapes3d"), (("--only", "tad"), "choose from factorvae"),
-    (("--codes", "a.npz"), "expected a checkpoint")])
-def test_a_wrong_flag_is_one_line_and_nothing_is_written(checkpoint, command, arguments, words):
-    code, said, out = command(checkpoint, *arguments)
+    *((["ckpt.pt", "--seed", seed], "--seed") for seed in ("nan", "inf", "-1", "1e99", 10**30)),
+    (["ckpt.pt", "--only", "mig,magic"], "magic: for shapes3d"),
+    (["ckpt.pt", "--only", "tad"], "choose from factorvae"), ([], "expected a checkpoint"),
+    (["ckpt.pt", "--codes", "a.npz"], "expected a checkpoint"), (["none.pt"], "o such file"),
+    (["ckpt.pt"], "lost/page.html")])
+def test_a_wrong_flag_or_a_missing_file_is_one_line_and_nothing_is_written(
+        command, arguments, words, monkeypatch):
+    if "lost" in words:
+        monkeypatch.setattr(evaluate, "TEMPLATE", Path(words))
+    code, said, out = command(*arguments)
     assert code == 2 and said.count("\n") == 1 and words in said and not out.exists()
 
 
-def test_a_missing_input_or_template_is_one_line(checkpoint, command, monkeypatch):
-    assert "expected a checkpoint" in command()[1] and "o such file" in command("none.pt")[1]
-    monkeypatch.setattr(evaluate, "TEMPLATE", Path("lost/page.html"))
-    code, said, _ = command(checkpoint)
-    assert code == 2 and said.count("\n") == 1 and "lost/page.html" in said
-
-
-def test_metrics_that_need_a_grid_are_refused_for_celeba():
-    with pytest.raises(data.UserError, match="dci: for celeba choose from tad, figures"):
-        evaluate.check_flags(SimpleNamespace(only=["dci"]), SimpleNamespace(
-            name="celeba", is_grid=False, factor_names=["Bald", "Young"]))
-
-
-CARS = np.stack(np.unravel_index(np.arange(17_568), [4, 24, 183]), 1)
-CODES = ["--codes", "a.npz", "--dataset", "cars3d", "--quick", "--only"]
-
-
-@pytest.mark.parametrize("arrays", [
-    {"any": CARS}, {"codes": CARS[:, :, None] * np.ones(4), "labels": np.zeros(2)}])
-def test_codes_of_a_file_are_scored_without_images_and_called_the_users(command, arrays):
-    np.savez("a.npz", **arrays)
-    code, said, out = command(*CODES, "factorvae,figures")
+@pytest.mark.parametrize("arrays, words", [
+    ({"any": CARS}, ""), ({"codes": CARS[:, :, None] * np.ones(4), "labels": np.zeros(2)}, ""),
+    ({"a": CARS[1:]}, "a is int64"), ({"a": CARS[:, :1]}, "found 1 unit"), ({}, "no array"),
+    ({"a": CARS * np.nan}, "NaN"), ({"a": CARS, "b": CARS}, "holds a, b"),
+    ({"a": np.array(["text"])}, "expected numbers"), (None, "not a readable .npz")])
+def test_codes_of_a_file_are_scored_without_images_and_called_the_users_or_refused_in_a_line(
+        command, arrays, words):
+    Path("a.npz").write_text("no npz")
+    if arrays is not None:
+        np.savez("a.npz", **arrays)
+    code, said, out = command(
+        "--codes", "a.npz", "--dataset", "cars3d", "--quick", "--only", "factorvae,figures")
+    if words:
+        assert code == 2 and words in said.splitlines()[-1]
+        return
     assert code == 0 and "a.npz: cars3d, codes" in said and "the user's" in said
     assert json.loads((out / "metrics.json").read_text())["scores"]["factorvae"]["value"] == 1
     assert {path.name for path in out.iterdir()} == {"metrics.json", "index.html"}
 
 
-@pytest.mark.parametrize("arrays, words", [
-    ({"a": CARS[1:]}, "a is int64"), ({"a": CARS[:, :1]}, "found 1 unit"), ({}, "no array"),
-    ({"a": CARS * np.nan}, "NaN"), ({"a": CARS, "b": CARS}, "holds a, b"),
-    ({"a": np.array(["text"])}, "expected numbers"), (None, "not a readable .npz")])
-def test_a_file_without_fitting_codes_is_one_line(command, arrays, words):
-    Path("a.npz").write_text("no npz")
-    if arrays is not None:
-        np.savez("a.npz", **arrays)
-    code, said, _ = command(*CODES, "mig")
-    assert code == 2 and words in said.splitlines()[-1]
+# ---- The page in a real browser, Chromium without a window ----
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A function: JavaScript -> its last value, in the page as it opens, as wide as a phone."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium here")
+    folder = tmp_path_factory.mktemp("page")
+    four = dict.fromkeys(("moved", "kept", "control", "off"), [0.75, 0.5, 1.0, 0.125])
+    report = {"dataset": "shapes3d", "source": "codes", "quick": True, "checkpoint": "</script>",
+              "units": ["floor hue: unit 1"], "silent": [0], "anchors": {}, "paper": {},
+              "factors": ["floor hue"], "nmi": [[0.25, 0.875]], "control": {"mean": four},
+              "scores": {"mig": {"value": 0.5, "counts": {"n_train": 9}, "notes": []}}}
+    picture, other = Image.new("RGB", (900, 300)), Image.new("RGB", (266, 66), "red")
+    strips = {"floor hue: unit 1": {"stops": 4, "pictures": [evaluate.inline(picture)]},
+              "unit 0": {"stops": 2, "pictures": [evaluate.inline(other)]}}
+    log = "".join(json.dumps({"images": i, "loss": 2 - i}) + "\n" for i in range(2)) + '{"cut'
+    page = evaluate.page(report, {"lr": 1e-3}, {"interchange": picture}, log,
+                         {"images": ["image 5"], "strips": strips})
+
+    def run(script):
+        (folder / "phone.html").write_text(
+            f'<iframe width=390 srcdoc="{html.escape(page)}"></iframe><script>onload = () => '
+            f"document.body.textContent = JSON.stringify(frames[0].eval({json.dumps(script)}))"
+            "</script>", "utf-8")
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                   f"--user-data-dir={folder}", (folder / "phone.html").as_uri()]
+        found = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8").stdout
+        return json.loads(html.unescape(re.search("<body>(.*)</body>", found)[1]))
+
+    return run
+
+
+def test_the_tab_key_reaches_the_slider_after_two_menus_and_its_steps_turn_the_factor(browser):
+    stops, first, turned, said, back = browser("""
+        const stops = [...document.querySelectorAll("*")].filter(x => x.tabIndex >= 0);
+        const shown = () => (slider.dispatchEvent(new Event("input")), view.style.background);
+        [stops.slice(0, 3).map(x => x.type), shown(), (slider.stepUp(), shown()), said.textContent,
+         (slider.stepDown(), shown())]""")
+    assert stops == ["select-one", "select-one", "range"]  # the browser's own: they obey its keys
+    assert first == back != turned and said == "value 2 of 4"
+
+
+def test_a_click_on_a_thumbnail_takes_its_value_and_another_unit_has_a_picture_of_its_own(browser):
+    count, said, chosen, first, other, now = browser("""
+        const shown = () => view.style.background;
+        [values.children.length, (values.children[3].click(), said.textContent),
+         values.children[3].className, shown(),
+         (unit.selectedIndex = 1, unit.dispatchEvent(new Event("input")), shown()),
+         said.textContent]""")
+    assert (count, said, chosen) == (4, "value 4 of 4", "chosen")
+    assert other != first and now == "value 2 of 2"
+
+
+def test_the_page_leads_with_the_slider_ends_with_the_notes_and_shows_what_there_is(browser):
+    order, width, text, *shown = browser("""
+        [[...document.querySelectorAll("[id]")].map(x => x.id),
+         document.documentElement.scrollWidth, document.body.innerText, attention.hidden,
+         document.querySelector("#loss polyline") != null,
+         document.querySelector("#interchange img").naturalWidth]""")
+    places = [order.index(name) for name in
+              ("player", "matrix", "interchange", "control", "scores", "loss", "notes")]
+    assert places == sorted(places) and order[-1] == "notes"
+    assert width <= 390  # at phone width nothing is cut off or scrolls sideways
+    for words in ("0.500", "Silent units", "from </script>", "best unit alone\t0.500", "train 9"):
+        assert words in text
+    assert shown == [True, True, 900]
+
+
+def test_a_cell_of_the_matrix_is_the_darker_the_more_its_unit_knows_and_units_have_names(browser):
+    text, dark, light = browser("""
+        const cells = [...matrix.querySelectorAll("td")].slice(1);
+        [matrix.innerText, ...cells.map(x => Number(x.style.background.match(/\\d+/)[0]))]""")
+    head, row = text.splitlines()[-2:]
+    assert head.split("\t")[1:] == ["floor hue: unit 1", "(0)"] and "0.88\t0.25" in row
+    assert dark < light  # of red

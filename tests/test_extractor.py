@@ -36,21 +36,22 @@ def test_units_end_in_a_relu_only_if_asked(asked):
     assert (small(unit_relu=asked).expand(torch.randn(50, 4)) >= 0).all() == asked
 
 
-def test_of_units_that_fold_one_factor_the_selection_keeps_one_and_silences_the_others_for_good():
+def test_of_two_folded_readings_of_one_hue_the_selection_keeps_one_and_silences_the_other():
     torch.manual_seed(0)
-    net, hue, size = small(), torch.rand(4_000) * 6.28, torch.rand(4_000)
-    # Scalars 0 and 2 predict each other, folded as they are; 3 predicts nothing; 1 is constant.
-    s = torch.stack([3 * hue.cos(), torch.zeros(4_000), 2 * hue.cos().square(), size], 1)  # (n, N)
+    net, hue, size = small(), torch.rand(4_000) * 2 * torch.pi, torch.rand(4_000)
+    # Sine and cosine are not correlated, but their squares are. Unit 1 is constant.
+    s = torch.stack([3 * hue.cos(), torch.zeros(4_000), 2 * hue.sin(), size], 1)  # (n, N)
     assert net.select(s) == [0, 3]
-    assert (net.scalars(torch.randn(5, 3, 64, 64)) != 0).any(0).tolist() == [True, False, False, True]
+    telling = net.scalars(torch.randn(5, 3, 64, 64)) != 0
+    assert telling.any(0).tolist() == [True, False, False, True]
 
 
-def test_the_selection_stops_when_the_share_that_is_told_is_reached():
-    # Half of scalar 1's variance is scalar 0's.
+def test_of_two_normal_units_one_is_redundant_if_their_correlation_exceeds_the_threshold():
+    # Of two normal variables no functions correlate by more than these themselves (Lancaster 1957).
     s = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
-    s = s * torch.tensor([2.0, 1, 0, 0])
-    s[:, 1] += s[:, 0] / 2
-    assert small().select(s, told=0.45) == [0] and small().select(s, told=0.55) == [0, 1]
+    s[:, 1] = 0.6 * s[:, 0] + 0.8 * s[:, 1]  # correlation 0.6
+    assert small().select(s, most=0.65) == [0, 1, 2, 3]
+    assert len(small().select(s, most=0.55)) == 3
 
 
 def test_fsq_rounds_each_unit_to_a_grid_of_the_given_levels_and_lets_gradients_through():

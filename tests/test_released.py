@@ -19,22 +19,13 @@ IMAGES = torch.arange(2 * 3 * 64 * 64).mul(7919).remainder(251).view(2, 3, 64, 6
 Z = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16)
 
 
-def values(name, shape):
-    """A weight that its name decides; about 1 in norms and variances, small elsewhere."""
-    draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    scale = np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
-    norm = len(shape) == 1 and name.endswith(("weight", "running_var"))
-    return torch.tensor(scale * draw + norm).float()
-
-
 @pytest.fixture(scope="module")
 def theirs():
     """{name: weight} of a file with 3 units of 8 numbers, a narrow extractor and U-Net."""
     cfg = train.default_settings() | {
         "extractor.n_units": 3, "extractor.unit_dim": 8, "extractor.channels": [4, 8, 16, 16, 16],
         "extractor.hidden": [256, 16], "extractor.unit_hidden": [16, 32], "unet.base": 32}
-    weights = {"scale_factor": torch.tensor(0.37)}
-    state = train.Model(cfg).state_dict()
+    weights, state = {}, train.Model(cfg).state_dict()
     for ours in [name for name in state if not name.startswith(released.OURS)]:
         names, shape = released.their_names(ours, 3), state[ours].shape
         if "unit_mlp" in ours:
@@ -43,8 +34,12 @@ def theirs():
             shape = (shape[0] // len(names), *shape[1:])
         elif ".proj_" in ours and ours.startswith("unet.") and len(shape) == 2:
             shape = (*shape, 1, 1)  # 1x1 convolutions there
-        weights = {name: values(name, shape) for name in names} | weights
-    return weights
+        scale = np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
+        norm = len(shape) == 1 and ours.endswith(("weight", "running_var"))  # there about 1
+        for name in names:  # which decides the values
+            draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+            weights[name] = torch.tensor(scale * draw + norm).float()
+    return weights | {"scale_factor": torch.tensor(0.37)}
 
 
 def convert(tmp_path, weights):
@@ -87,18 +82,15 @@ def test_a_tensor_that_is_wrong_is_named_in_one_line(theirs, tmp_path, name, wei
         convert(tmp_path, theirs | {name: weight})
 
 
-def test_code_in_a_file_does_not_run_and_classes_of_old_lightning_are_passed_over(tmp_path):
+def test_code_in_a_file_does_not_run_and_of_a_damaged_one_a_line_says_how_to_re_save_it(tmp_path):
     path, victim = tmp_path / "model.ckpt", tmp_path / "victim"
     call = type("Call", (), {"__reduce__": lambda self: (open, (victim, "w"))})()
-    torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": call}, path)
+    torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": call}, path)  # as old Lightning's
     assert list(released.read(path)) == ["a"] and not victim.exists()
-
-
-def test_missing_and_damaged_files_are_one_line_that_says_how_to_re_save(tmp_path):
-    (tmp_path / "damaged").write_bytes(b"PK")
-    for name in ("none", "damaged"):
+    path.write_bytes(b"PK")
+    for path in (path, tmp_path / "none"):
         with pytest.raises(data.UserError, match="re-save"):
-            released.read(tmp_path / name)
+            released.read(path)
 
 
 def test_the_commands_convert_a_file_and_score_it(theirs, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -274,10 +275,15 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         run_main(monkeypatch, *SHORT, "--out", tmp_path)
 
 
-def test_a_step_that_does_not_fit_into_the_gpu_names_the_largest_half_that_does(monkeypatch):
-    monkeypatch.setattr(train, "step_fits", lambda run, batch: batch <= 100)
-    run = type("Run", (), {"cfg": {"batch": 512}, "world": 1, "device": torch.device("cuda")})
-    with pytest.raises(data.UserError, match="--batch 512: .* at most --batch 64"):
+def test_a_step_that_does_not_fit_into_the_gpu_is_one_line():
+    class Full(torch.nn.Module):
+        def forward(self, *inputs):
+            raise torch.OutOfMemoryError
+
+    run = types.SimpleNamespace(model=Full(), cfg={"batch": 512}, world=1, bfloat16=False,
+                                device=torch.device("cpu"))
+    run.model.vqgan = types.SimpleNamespace(encode=lambda images: images)
+    with pytest.raises(data.UserError, match="--batch 512: .* does not fit into the memory of cpu"):
         train.check_memory(run)
 
 

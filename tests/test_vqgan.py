@@ -9,21 +9,13 @@ import vqgan as V
 IMAGES = torch.randint(256, (8, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
 
 
-@pytest.fixture
-def small():
-    torch.manual_seed(0)
-    return V.VQGAN(channels=16, multipliers=(1, 2), res_blocks=1, codebook_size=32, patch=4)
-
-
-def test_nearest_code_is_what_a_full_distance_table_says():
-    book, flat = V.Codebook(50, 3), torch.randn(200, 3)
-    torch.nn.init.normal_(book.codes)
-    assert torch.equal(book.indices(flat), torch.cdist(flat, book.codes).argmin(dim=1))
-
-
-def test_gradients_pass_straight_through_quantisation_and_each_loss_moves_its_own_side():
+def test_a_latent_becomes_its_nearest_code_and_each_loss_moves_its_own_side_of_the_distance():
     book, z = V.Codebook(20, 3), torch.randn(2, 3, 4, 4, requires_grad=True)
+    torch.nn.init.normal_(book.codes)
     quantised, codebook_loss, commitment_loss = book(z)
+    rows, codes = (x.permute(0, 2, 3, 1).reshape(-1, 3) for x in (z, quantised))
+    torch.testing.assert_close(codes, book.codes[torch.cdist(rows, book.codes).argmin(dim=1)])
+    # Gradients pass straight through to z.
     assert torch.autograd.grad((quantised * 5).sum(), z, retain_graph=True)[0].eq(5).all()
     # The same distance, as a function of either side.
     torch.testing.assert_close(codebook_loss, commitment_loss)
@@ -69,22 +61,20 @@ def test_pixels_become_floats_within_one_and_back_and_an_error_of_one_level_is_4
     assert V.psnr(IMAGES // 2, IMAGES // 2 + 1) == pytest.approx(48.1308, abs=1e-3)  # 20 log10 255
 
 
-def test_adversarial_weight_balances_the_two_gradients_at_the_last_layer(small):
-    disc, x, last = V.PatchDiscriminator(8), V.to_float(IMAGES), small.decoder[-2].weight
-    loss, row = V.stage1_losses(small, disc, x, "l1", disc_weight=0.75, commitment=0.25)
-    x_hat = small.decoder(small.codebook(small.encoder(x))[0])
+def test_adversarial_weight_balances_both_gradients_at_the_last_layer_and_a_blind_hinge_is_one():
+    torch.manual_seed(0)
+    net = V.VQGAN(channels=16, multipliers=(1, 2), res_blocks=1, codebook_size=32, patch=4)
+    disc, x, last = V.PatchDiscriminator(8), V.to_float(IMAGES), net.decoder[-2].weight
+    _, row = V.stage1_losses(net, disc, x, "l1", disc_weight=0.75, commitment=0.25)
+    x_hat = net.decoder(net.codebook(net.encoder(x))[0])
     g_l1, = torch.autograd.grad(F.l1_loss(x_hat, x), last, retain_graph=True)
     g_adversarial, = torch.autograd.grad(-disc(x_hat).mean(), last)
     expected = 0.75 * g_l1.norm() / (g_adversarial.norm() + 1e-4)
     assert row["adversarial_weight"].item() == pytest.approx(expected.item(), rel=1e-2)
-
-
-def test_the_discriminators_hinge_is_one_for_a_blind_judge_and_stops_at_the_drawing(small):
-    disc, x = V.PatchDiscriminator(8), V.to_float(IMAGES)
     for p in disc.net[-1].parameters():
         torch.nn.init.zeros_(p)  # answers 0 for all: both hinges are 1
-    loss, row = V.stage1_losses(small, disc, x, "l1", disc_weight=0.75, commitment=0.25)
+    _, row = V.stage1_losses(net, disc, x, "l1", disc_weight=0.75, commitment=0.25)
     assert row["disc_loss"].item() == 1
-    row["disc_loss"].backward()
-    assert all(p.grad is None for p in small.parameters())
-    assert "adversarial_weight" not in V.stage1_losses(small, None, x, "mse", 0.75, 0.25)[1]
+    row["disc_loss"].backward()  # and stops at the drawing
+    assert all(p.grad is None for p in net.parameters())
+    assert "adversarial_weight" not in V.stage1_losses(net, None, x, "mse", 0.75, 0.25)[1]
