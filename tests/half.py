@@ -3,7 +3,9 @@
     python tests/half.py out/shapes3d-laptop/ckpt.pt assets/laptop.pt    # evaluate.py reads it
 """
 
+import io
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -18,8 +20,13 @@ def main():
     kept = {name: ckpt[name] for name in ("format", "config", *train.PLACE)}
     average = ckpt["average"].items()  # stage 1's encoder too: evaluate.py reconstructs with it
     kept["average"] = {name: x.half() if x.is_floating_point() else x for name, x in average}
-    with data.replacing(sys.argv[2]) as temporary:
-        torch.save(kept, temporary)
+    content = io.BytesIO()
+    torch.save(kept, content)
+    with data.replacing(sys.argv[2]) as temporary:  # the same zip archive, compressed
+        with zipfile.ZipFile(content) as large:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as small:
+                for name in large.namelist():
+                    small.writestr(name, large.read(name))
 
 
 if __name__ == "__main__":

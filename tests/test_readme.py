@@ -54,8 +54,8 @@ def test_every_test_that_the_pages_name_exists():
     assert not [name for name in named if f"def {name}(" not in tests]
 
 
-def test_a_first_reader_needs_at_most_2300_words():
-    assert len(README.split()) <= 2_300
+def test_a_first_reader_needs_at_most_2200_words():
+    assert len(README.split()) <= 2_200
 
 
 def test_scores_of_the_numbers_table_are_those_of_the_recorded_runs():
