@@ -122,10 +122,12 @@ class Extractor(nn.Module):
 
         def redundant(u):
             squares = torch.linalg.eigvalsh(explained(onehot[:, u], chosen) * bins / n)  # (bins,)
-            return squares[-1] > most ** 2  # the largest; with none chosen all are 0
+            return squares[-1] > most ** 2  # the largest
 
-        while candidates := [u for u in varying if u not in chosen and not redundant(u)]:
+        candidates = varying
+        while candidates:
             chosen.append(max(candidates, key=lambda u: explained(s, [*chosen, u]).trace()))
+            candidates = [u for u in varying if u not in chosen and not redundant(u)]
         self.kept.zero_()
         self.kept[chosen] = True
         return sorted(chosen)

@@ -45,7 +45,9 @@ def indices(place):
     """What stands in [...], with lists and arrays as pretended tensors."""
     if isinstance(place, tuple):
         return tuple(map(indices, place))
-    return torch.tensor(place, device="cuda:0") if isinstance(place, (list, np.ndarray)) else place
+    if isinstance(place, (list, np.ndarray)):  # [] too has whole numbers
+        place = torch.tensor(place, dtype=None if len(place) else torch.int64, device="cuda:0")
+    return place
 
 
 class Pretence(TorchDispatchMode):

@@ -283,7 +283,7 @@ def checkpoint(tmp_path_factory):
     cfg = vars(train.build_parser().parse_args(flags))
     torch.manual_seed(0)
     model = train.Model(cfg).eval()
-    model.extractor.to_scalars[-1].weight.data.mul_(100)  # units that are not silent
+    model.extractor.to_scalars[-1].weight.data.mul_(1000)  # units that are not silent
     model.dyga.fit(model.units(data.load("shapes3d", vary=cfg["vary"]).images(torch.arange(320))))
     path = tmp_path_factory.mktemp("run") / "ckpt.pt"
     torch.save({"format": train.FORMAT, "stage": 2, "config": cfg, "seen": [0, 0, 1234],
