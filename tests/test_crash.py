@@ -185,7 +185,7 @@ def saved(config, number=train.FORMAT, **how):
 
 def test_a_flipped_bit_in_a_weight_is_refused_and_100_others_are_or_change_nothing(tmp_path):
     path, raw, draw = tmp_path / "ckpt.pt", saved(train.default_settings()), random.Random(0)
-    refused(path, raw)
+    assert not refused(path, raw)
     whole, harmless = train.read_checkpoint(path), 0
     weight = raw.index(whole["model"].numpy().tobytes()) + 100
     for place in [weight] + [draw.randrange(len(raw)) for _ in range(100)]:

@@ -193,7 +193,7 @@ def test_nan_inf_and_wrong_shapes_raise_an_error_and_until_a_first_fit_align_is_
             DyGA(3, **wrong)
 
 
-def test_a_fit_is_repeatable_moves_no_global_random_state_ignores_autocast_and_can_be_loaded():
+def test_a_fit_follows_its_generator_alone_moves_no_global_one_and_ignores_autocast():
     state = torch.get_rng_state()
     a, other = (DyGA(2, dim=8).fit(UNITS, generator(s)) for s in (1, 2))
     with torch.autocast("cpu", torch.bfloat16):
@@ -202,8 +202,6 @@ def test_a_fit_is_repeatable_moves_no_global_random_state_ignores_autocast_and_c
     assert torch.equal(state, torch.get_rng_state()) and not torch.equal(a.anchors, other.anchors)
     assert all(torch.equal(x, y) for x, y in zip(a.buffers(), half.buffers(), strict=True))
     assert torch.equal(c_tilde, a.align(UNITS)) and not list(a.parameters())
-    other.load_state_dict(a.state_dict())
-    assert torch.equal(other.align(UNITS), c_tilde)
 
 
 def test_align_is_equation_6_with_the_anchor_of_highest_responsibility_and_bears_a_zero():
