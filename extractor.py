@@ -108,7 +108,7 @@ class Extractor(nn.Module):
         The functions are step functions, with as many images in each of their `bins` steps.
         """
         n = len(s)
-        varying = (s.std(0) > 1e-4).nonzero().flatten().tolist()
+        candidates = (s.std(0) > 1e-4).nonzero().flatten().tolist()  # not: constant units
         s = s - s.mean(0)
         rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
         onehot = nn.functional.one_hot(rank * bins // n, bins) - 1 / bins  # (n, N, bins)
@@ -124,10 +124,9 @@ class Extractor(nn.Module):
             squares = torch.linalg.eigvalsh(explained(onehot[:, u], chosen) * bins / n)  # (bins,)
             return squares[-1] > most ** 2  # the largest
 
-        candidates = varying
-        while candidates:
+        while candidates:  # what is redundant stays so as more units are chosen
             chosen.append(max(candidates, key=lambda u: explained(s, [*chosen, u]).trace()))
-            candidates = [u for u in varying if u not in chosen and not redundant(u)]
+            candidates = [u for u in candidates if u != chosen[-1] and not redundant(u)]
         self.kept.zero_()
         self.kept[chosen] = True
         return sorted(chosen)
