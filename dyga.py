@@ -124,10 +124,6 @@ class DyGA(nn.Module):
         c_tilde = (x + delta[..., None] * (anchor - x)).to(c.dtype)  # (B, N, D)
         return (c_tilde, delta) if return_delta else c_tilde
 
-    def delta(self, c):
-        """delta of equation 6 per sample and unit. c (B, N, D) -> (B, N), from 0 to lambda."""
-        return self.align(c, return_delta=True)[1]
-
     def nearest(self, c):
         """The anchor of highest responsibility, without gradient.
 
@@ -274,7 +270,7 @@ class DyGA(nn.Module):
             raise ValueError(f"features of unit {bad} hold NaN or Inf; has the training diverged?")
 
 
-# ---- The parts of Algorithm 2, for one unit: x (n, D) normalised, m its mixture ----
+# ---- The parts of Algorithm 2, for one unit: x (n, D) normalised, m its mixture ------------------
 
 
 class Mixture(NamedTuple):
@@ -412,7 +408,45 @@ def clusters(x, m):
     return parts, spreads
 
 
-# ---- Toy units: python dyga.py ----
+# ---- Beyond the paper: which units to keep -------------------------------------------------------
+
+
+def informative_units(s, most, bins=20):
+    """Numbers of the units that are not redundant, a sorted list: what only the others told is
+    hoped to move to these once the others are silenced. s: scalars (n, N), n some thousands.
+
+    Training often spreads one hue over three units, each a smooth and folded reading of the
+    colour, as nothing asks for fewer. So units are chosen one by one (forward selection): each time
+    the one that, with those chosen before, explains most of the variance of all scalars. A unit is
+    redundant, and no candidate any more, once some function of its scalar correlates by more than
+    `most` with a sum of functions of the chosen ones' (the largest canonical correlation). Why
+    functions: the cosine of a hue's angle does not correlate with its sine, but their squares do.
+    They are step functions, with as many images in each of their `bins` steps.
+    """
+    n = len(s)
+    candidates = (s.std(0) > 1e-4).nonzero().flatten().tolist()  # not: constant units
+    s = s - s.mean(0)
+    rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
+    onehot = nn.functional.one_hot(rank * bins // n, bins) - 1 / bins  # (n, N, bins)
+    chosen = []
+
+    def explained(y, units):
+        """Ridge regression of y (n, Y) on these units: products (Y, Y) of y and its fit."""
+        x = onehot[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
+        gram = x.T @ x + torch.eye(x.shape[1], device=x.device)
+        return y.T @ x @ torch.linalg.solve(gram, x.T @ y)
+
+    def redundant(u):
+        squares = torch.linalg.eigvalsh(explained(onehot[:, u], chosen) * bins / n)  # (bins,)
+        return squares[-1] > most ** 2  # the largest
+
+    while candidates:  # what is redundant stays so as more units are chosen
+        chosen.append(max(candidates, key=lambda u: explained(s, [*chosen, u]).trace()))
+        candidates = [u for u in candidates if u != chosen[-1] and not redundant(u)]
+    return sorted(chosen)
+
+
+# ---- Toy units: python dyga.py -------------------------------------------------------------------
 
 
 def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):

@@ -82,54 +82,14 @@ class Extractor(nn.Module):
             layers += [UnitLinear(n_units, d_in, d_out), nn.ReLU()]
         self.unit_mlp = nn.Sequential(*layers if unit_relu else layers[:-1])
         self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
-        self.register_buffer("kept", torch.ones(n_units, dtype=torch.bool))  # see select
+        # Beyond the paper: which units are not silenced for good (dyga.py, informative_units).
+        self.register_buffer("kept", torch.ones(n_units, dtype=torch.bool))
 
     def scalars(self, x):
         """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N): all that a unit knows of them."""
         x = nn.functional.avg_pool2d(x, self.shrink)  # (B, 3, H/shrink, W/shrink)
         s = self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
         return s * self.kept
-
-    @torch.no_grad()
-    def select(self, s, most=0.8, bins=20):
-        """Beyond the paper: keep units that are not redundant, and silence the others for good.
-
-        s: the scalars (n, N) of n images, some thousands. Returns the kept units' numbers, a list.
-
-        Training often spreads one hue over three units, each a smooth and folded reading of the
-        colour, as nothing asks for fewer. So units are chosen one by one (forward selection): each
-        time the one that, with those chosen before, explains most of the variance of all scalars.
-        A unit is redundant, and no candidate any more, once some function of its scalar correlates
-        by more than `most` with a sum of functions of the chosen ones' (the largest canonical
-        correlation). Why functions: the cosine of a hue's angle does not correlate with its sine,
-        but their squares do. The scalars of all units that were not chosen are 0 from then on, in
-        the hope that what only they told moves to the chosen ones.
-
-        The functions are step functions, with as many images in each of their `bins` steps.
-        """
-        n = len(s)
-        candidates = (s.std(0) > 1e-4).nonzero().flatten().tolist()  # not: constant units
-        s = s - s.mean(0)
-        rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
-        onehot = nn.functional.one_hot(rank * bins // n, bins) - 1 / bins  # (n, N, bins)
-        chosen = []
-
-        def explained(y, units):
-            """Ridge regression of y (n, Y) on these units: products (Y, Y) of y and its fit."""
-            x = onehot[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
-            gram = x.T @ x + torch.eye(x.shape[1], device=x.device)
-            return y.T @ x @ torch.linalg.solve(gram, x.T @ y)
-
-        def redundant(u):
-            squares = torch.linalg.eigvalsh(explained(onehot[:, u], chosen) * bins / n)  # (bins,)
-            return squares[-1] > most ** 2  # the largest
-
-        while candidates:  # what is redundant stays so as more units are chosen
-            chosen.append(max(candidates, key=lambda u: explained(s, [*chosen, u]).trace()))
-            candidates = [u for u in candidates if u != chosen[-1] and not redundant(u)]
-        self.kept.zero_()
-        self.kept[chosen] = True
-        return sorted(chosen)
 
     def expand(self, s):
         """Scalars s (B, N) -> units c (B, N, D), each through its private MLP."""

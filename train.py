@@ -16,10 +16,9 @@ and the loss is the distance of eps^ from eps.
 
 Reading order: presets, Model, the two loops (train_stage1, train_stage2); then what they call.
 
-Randomness: each step seeds itself from --seed and its place in the run (Run.seed_of). So a
-resumed run ends like one that never stopped, to the last bit, on the same CPU with the same number
-of threads. With other threads, devices or processes, which nothing forbids, it is the same run
-with other roundings or other noise.
+Each step seeds itself from --seed and its place in the run. So a resumed run ends like one that
+never stopped, to the last bit, on the same CPU with the same number of threads; with other threads,
+devices or processes it is the same run with other roundings or other noise.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from dyga import DyGA
+from dyga import DyGA, informative_units
 from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, PatchDiscriminator, stage1_losses, to_float
@@ -55,9 +54,9 @@ SAVE_MINUTES = 3  # between two checkpoints and their pictures
 LOG_STEPS = 25  # between two rows of the log; a signal waits for the next one
 PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is, in its checkpoint
 
-# --------------------------------------------------------------------------------------------------
-# Presets: flags that are put in front of yours. The defaults are the paper's where it states one
-# (Tables 7 to 9, section C.1); what each flag means stands in the table of settings below.
+# ---- Presets -------------------------------------------------------------------------------------
+# Flags that are put in front of yours. The defaults are the paper's where it states one (Tables 7
+# to 9, section C.1); what each flag means stands in the table of settings below.
 
 PRESETS = {
     "paper": "",
@@ -92,7 +91,7 @@ PRESETS = {
     --optimizer muon --t_sampling logit_normal --loss mse
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
     # Beyond the paper: half-way, when most factors are told, redundant units are silenced
-    # (Extractor.select): earlier, scale and shape were still told by one unit.
+    # (dyga.py, informative_units): earlier, scale and shape were still told by one unit.
     --select_at 0.5
 
     # Each of 48,000 images (a tenth of Shapes3D) comes five times. So stage 1's encoder costs a
@@ -117,8 +116,7 @@ PRESETS = {
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
 
 
-# --------------------------------------------------------------------------------------------------
-# The model: all four networks, and how they call each other
+# ---- The model: all four networks, and how they call each other ----------------------------------
 
 
 class Model(torch.nn.Module):
@@ -135,10 +133,8 @@ class Model(torch.nn.Module):
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
     def forward(self, images, z0):
-        """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> the loss of equation 2, a row.
-
-        The row is what to log: 0-dim tensors, the loss and the mean delta.
-        """
+        """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> the loss of equation 2, and what
+        to log: a dict of 0-dim tensors."""
         c = self.extractor(to_float(images))  # (B, N, D)
         # A loss on c would be added here, for instance its distance from self.dyga.nearest(c)[0]:
         # alignment moves what the U-Net sees, and c only by way of its gradient.
@@ -169,15 +165,11 @@ def part(values, name):
     return {key[len(prefix):]: values[key] for key in values if key.startswith(prefix)}
 
 
-# --------------------------------------------------------------------------------------------------
-# The two loops
+# ---- The two loops -------------------------------------------------------------------------------
 
 
 def train_stage1(run):
-    """Train the VQ-GAN (Table 7), and say how well it reconstructs.
-
-    It is short beside stage 2, so every process of a torchrun does all of it.
-    """
+    """Train the VQ-GAN (Table 7). It is short: every process of a torchrun does all of it."""
     cfg, vqgan, disc = run.cfg, run.model.vqgan, run.disc
     vqgan.train()
     total = cfg["stage1.images"]
@@ -275,10 +267,12 @@ def encode_pool(run):
 @torch.no_grad()
 def select_units(run, seen):
     """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
-    extractor = run.average.extractor
-    scalars = [extractor.scalars(to_float(run.ds.images(idx))) for idx in run.fit_idx.split(500)]
-    kept = extractor.select(torch.cat(scalars))
-    run.model.extractor.kept.copy_(extractor.kept)
+    s = [run.average.extractor.scalars(to_float(run.ds.images(idx)))
+         for idx in run.fit_idx.split(500)]
+    kept = informative_units(torch.cat(s), run.cfg["select_most"])
+    for model in (run.model, run.average):
+        model.extractor.kept.zero_()
+        model.extractor.kept[kept] = True
     run.log(kept=kept, images=seen)
 
 
@@ -321,8 +315,7 @@ def step(optimizers, lr):
         optimizer.step()
 
 
-# --------------------------------------------------------------------------------------------------
-# The run: where it is, and what it writes
+# ---- The run: where it is, and what it writes ----------------------------------------------------
 
 
 class Run:
@@ -477,8 +470,7 @@ class Run:
             picture.save(temporary)
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def read_checkpoint(path):
@@ -523,9 +515,7 @@ def load_checkpoint(path, device="cpu"):
     return model.float().to(device).eval(), ckpt
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings: default < preset < dataset < flag
-#
+# ---- Settings: default < preset < dataset < flag -------------------------------------------------
 # One row a setting: name, default (*: see the signature of the class), least and most or choices,
 # help. Defaults are the paper's where it states them.
 
@@ -559,6 +549,7 @@ clip                   0.0        0..1e6     largest gradient norm; 0 does not c
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
 select_at              0.0        0..1       at this share of the course silence redundant units
+select_most            0.8        0..1       with a larger correlation a unit is redundant
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -706,8 +697,7 @@ def check_settings(cfg, world):
             raise UserError(f"{what}: found {found}, expected a multiple of {factor}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The machine
+# ---- The machine ---------------------------------------------------------------------------------
 
 
 def pick_device(text):

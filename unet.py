@@ -30,8 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# --------------------------------------------------------------------------------------------------
-# The noise schedule, and time
+# ---- The noise schedule, and time ----------------------------------------------------------------
 
 
 def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
@@ -57,8 +56,7 @@ def time_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
 
 
-# --------------------------------------------------------------------------------------------------
-# Building blocks, smallest first
+# ---- Building blocks, smallest first -------------------------------------------------------------
 
 
 def zero(module):
@@ -191,8 +189,7 @@ class Blocks(nn.ModuleList):
         return x
 
 
-# --------------------------------------------------------------------------------------------------
-# The U-Net
+# ---- The U-Net -----------------------------------------------------------------------------------
 
 
 class UNet(nn.Module):
@@ -305,8 +302,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Training loss, sampling, averaging
+# ---- Training loss, sampling, averaging ----------------------------------------------------------
 
 
 def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"):
@@ -376,8 +372,7 @@ def ema_update(average, module, half_life, batch, images_seen):
             old.lerp_(new, weight)
 
 
-# --------------------------------------------------------------------------------------------------
-# Muon, the laptop preset's optimiser for weight matrices
+# ---- Muon, the laptop preset's optimiser for weight matrices -------------------------------------
 
 
 def orthogonalise(x, steps=5):

@@ -35,8 +35,7 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-# --------------------------------------------------------------------------------------------------
-# Building blocks, smallest first
+# ---- Building blocks, smallest first -------------------------------------------------------------
 
 
 def norm_silu(channels, group_channels):
@@ -111,8 +110,7 @@ def middle(channels, group_channels):
     ]
 
 
-# --------------------------------------------------------------------------------------------------
-# The codebook
+# ---- The codebook --------------------------------------------------------------------------------
 
 
 class Codebook(nn.Module):
@@ -160,8 +158,7 @@ class Codebook(nn.Module):
         self.uses.zero_()
 
 
-# --------------------------------------------------------------------------------------------------
-# Autoencoder and discriminator
+# ---- Autoencoder and discriminator ---------------------------------------------------------------
 
 
 class VQGAN(nn.Module):
@@ -280,9 +277,7 @@ class PatchDiscriminator(nn.Module):
         return self.net(x)
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses
-#
+# ---- Losses --------------------------------------------------------------------------------------
 # LDM, and the paper's released configuration, add a perceptual loss (LPIPS), whose VGG weights are
 # a download. The paper's Table 7 has none, and this code downloads nothing: it is left out.
 

@@ -7,7 +7,6 @@ in one process, so that a busy moment of the machine meets all: trust the ratios
 """
 
 import argparse
-import copy
 import shlex
 import sys
 import timeit
@@ -17,46 +16,31 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data, dyga, train, unet  # noqa: E401, E402
+import dyga  # noqa: E402
+import train  # noqa: E402
 
 
-def compare(runs, functions, images=0, warm_up=1):
-    """Call {name: function} in turn, print a row each. images: in one call (of each)."""
+def compare(runs, functions):
+    """Call {name: function} in turn, `runs` times after a warm-up; print a row each."""
     times = np.array([[timeit.timeit(function, number=1) for function in functions.values()]
-                      for _ in range(warm_up + runs)])[warm_up:]  # (runs, functions)
-    medians, ratios = np.median(times, axis=0), np.median(times / times[:, :1], axis=0)
-    for name, median, ratio, rate in zip(functions, medians, ratios, images / medians):
-        speed = f"{rate:10,.1f} images/s" if rate else ""
-        print(f"{name:45} {1e3 * median:10,.1f} ms {ratio:8.3f} {speed}", flush=True)
+                      for _ in range(1 + runs)])[1:]  # (runs, functions)
+    for name, time, ratio in zip(functions, times.T, (times / times[:, :1]).T):
+        print(f"{name:35} {1e3 * np.median(time):10,.1f} ms {np.median(ratio):8.3f}", flush=True)
 
 
-def build(preset):
-    flags = shlex.split(train.PRESETS[preset], comments=True)
-    return train.Model(vars(train.build_parser().parse_args(flags)))
+def build(preset, batch, device="cpu"):
+    """A run of ten steps of stage 2, in which every image comes five times; without fits."""
+    flags = (f"{train.PRESETS[preset]} --batch {batch} --images {10 * batch} --select_at 0 "
+             f"--pool_images {2 * batch} --source rendered --dyga.lam 0")
+    cfg = vars(train.build_parser().parse_args(shlex.split(flags, comments=True)))
+    run = train.Run(cfg, torch.device(device), 1)
+    run.stage, run.rank = 2, 1  # not 0, so it writes nothing
+    return run
 
 
-def stepper(model, batch, half=False):
-    """A function that does one step of train_stage2's loop."""
-    device, average = model.alpha_bar.device, copy.deepcopy(model)
-    ds = data.load("shapes3d", source="rendered", device=device)
-    z0 = model.noise(batch, torch.Generator())  # (B, Z, h, w), in place of latents
-    networks = [model.train().extractor, model.unet]
-    opts = train.make_optimizers(model.cfg, networks, [], (0.9, 0.999), 0.01)
-    layers = [p for network in networks for p in network.parameters()]
-
-    def step():
-        x0 = ds.images(torch.randint(len(ds), (batch,), device=device))  # (B, 3, 64, 64)
-        model.vqgan.encode(x0[:batch // 5])  # an image comes five times, and is encoded once
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss = model(x0, z0)[0]
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(layers, model.cfg["clip"] or torch.inf)
-        train.step(opts, 1e-4)
-        for network, mean in zip(networks, (average.extractor, average.unet)):
-            unet.ema_update(mean, network, 20_000, batch, 100_000)
-
-    return step
+def ten_steps(run):
+    run.seen[2] = 0
+    train.train_stage2(run)
 
 
 def main():
@@ -66,36 +50,33 @@ def main():
     runs = parser.parse_args().runs
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {runs} runs")
 
-    # The laptop step, its parts and its growth; sampling.
-    model, ds = build("laptop"), data.load("shapes3d", source="rendered")
-    x0, c_tilde = ds.images(torch.arange(64)), torch.randn(16, 20, 32)
-    z0 = model.noise(64, torch.Generator())
+    # Ten laptop steps and their growth, the parts of one; sampling.
+    small, run, large = (build("laptop", batch) for batch in (16, 64, 256))
+    model, x0 = run.model, run.ds.images(torch.arange(64))
+    z0, c_tilde = model.noise(64, torch.Generator()), torch.randn(16, 20, 32)
     compare(runs, {
-        "laptop step, batch 64": stepper(model, 64),
-        "  encoder, 12 images": lambda: model.vqgan.encode(x0[:12]),
-        "  images": lambda: ds.images(torch.arange(64)),
-        "  forward": lambda: model(x0, z0),
-        "  forward and backward": lambda: model(x0, z0)[0].backward(),  # the rest: optimisers, EMA
-        "laptop step, batch 16": stepper(model, 16),
-        "laptop step, batch 256": stepper(model, 256),
-        "DDIM, 16 images, 100 steps": lambda: model.sample(c_tilde, z0[:16], 100),
-    }, [64, 0, 0, 0, 0, 16, 256, 16])
+        "ten laptop steps, batch 64": lambda: ten_steps(run),
+        "  one: encoder, 13 images": lambda: model.vqgan.encode(x0[:13]),
+        "  one: images": lambda: run.ds.images(torch.arange(64)),
+        "  one: forward": lambda: model(x0, z0),
+        "  one: forward and backward": lambda: model(x0, z0)[0].backward(),  # then optimisers, EMA
+        "ten laptop steps, batch 16": lambda: ten_steps(small),
+        "ten laptop steps, batch 256": lambda: ten_steps(large),
+        "DDIM, 16 images, 100 steps": lambda: model.sample(c_tilde, z0[:16], 100)})
 
     # Fits and their growth, an alignment.
     units, _ = dyga.toy_units([10] * 20, 20_000, torch.Generator().manual_seed(0))  # (n, N, D)
+    fitted = dyga.DyGA(20).fit(units[:1_250])
     compare(min(runs, 3), {
         f"fit of {N} units x {n:,} samples": lambda n=n, N=N: dyga.DyGA(N).fit(units[:n, :N])
-        for n, N in [(5_000, 20), (1_250, 20), (20_000, 20), (5_000, 5)]}, warm_up=0)
-    fitted = dyga.DyGA(20).fit(units[:1_250])
+        for n, N in [(5_000, 20), (1_250, 20), (20_000, 20), (5_000, 5)]})
     compare(4 * runs, {"align a batch of 64": lambda: fitted.align(units[:64])})
 
-    # The paper-size step in bfloat16, and its memory: 12 GiB were estimated.
+    # Paper-size steps in bfloat16, and their memory: 12 GiB were estimated.
     if torch.cuda.is_available():
-        step = stepper(build("paper").cuda(), 512, half=True)
-        compare(runs, {"paper step in bfloat16": lambda: (step(), torch.cuda.synchronize())}, 512)
+        paper = build("paper", 512, "cuda")
+        compare(runs, {"ten paper steps, batch 512": lambda: ten_steps(paper)})
         print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    else:
-        print("paper step in bfloat16, batch 512, and its memory: no GPU here")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tests/fid.py out/celeba-paper/ckpt.pt --n 10000
 
-It needs a network of 91 MB, which is not downloaded: put it into --data_dir, from the address
-below. It is TorchScript, a program: take it from nowhere else.
+Put its network (91 MB) into --data_dir, from the address below. It is TorchScript, a program: take
+it from nowhere else.
 """
 
 import sys
@@ -43,8 +43,7 @@ def fid(model, ds, inception, n, steps, seed=0):
     than the n real ones where the dataset is large enough.
     """
     if n < 2_048:
-        warnings.warn(f"FID of {n:,} images: far too high below 2,048, the number of features; "
-                      "quote no such value")
+        warnings.warn(f"FID of {n:,} images: far too high below 2,048, the number of features")
     generator, moments = torch.Generator().manual_seed(seed), []
     order = torch.randperm(len(ds), generator=generator)
     for kind, idx in (("real", order[:n]), ("generated", order[-n:])):
@@ -70,17 +69,15 @@ def main():
     args = p.parse_args()
     device = train.pick_device(args.device)
     model, ckpt = train.load_checkpoint(args.checkpoint, device)
-    cfg = ckpt["config"]
+    cfg, path = ckpt["config"], Path(args.data_dir) / Path(INCEPTION).name
     ds = data.load(cfg["dataset"], args.data_dir, cfg["source"], device)
     if not 2 <= args.n <= len(ds):
         raise data.UserError(f"--n {args.n}: expected 2 to {len(ds):,}, the images of {ds.name}")
-    path = Path(args.data_dir) / Path(INCEPTION).name
     if not path.is_file():
-        raise data.UserError(f"{path} is not there; put the file there (91 MB) from {INCEPTION}")
+        raise data.UserError(f"{path} is not there; put it there from {INCEPTION}")
     inception = torch.jit.load(path, map_location=device).eval()
     value = fid(model, ds, inception, args.n, cfg["ddim_steps"], args.seed)
-    print(f"FID of {args.n:,} images of {ds.name}, {ds.source}: {value:.2f}; the paper's on CelebA "
-          "is 12.0 +- 1.2")
+    print(f"FID of {args.n:,} images of {ds.name}: {value:.2f}; the paper's on CelebA: 12.0 +- 1.2")
 
 
 if __name__ == "__main__":

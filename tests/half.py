@@ -5,8 +5,8 @@
 
 import io
 import sys
-import zipfile
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 
@@ -16,17 +16,14 @@ import train  # noqa: E402
 
 
 def main():
-    ckpt = train.read_checkpoint(sys.argv[1])
+    ckpt, file = train.read_checkpoint(sys.argv[1]), io.BytesIO()
     kept = {name: ckpt[name] for name in ("format", "config", *train.PLACE)}
     average = ckpt["average"].items()  # stage 1's encoder too: evaluate.py reconstructs with it
     kept["average"] = {name: x.half() if x.is_floating_point() else x for name, x in average}
-    content = io.BytesIO()
-    torch.save(kept, content)
-    with data.replacing(sys.argv[2]) as temporary:  # the same zip archive, compressed
-        with zipfile.ZipFile(content) as large:
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as small:
-                for name in large.namelist():
-                    small.writestr(name, large.read(name))
+    torch.save(kept, file)
+    with data.replacing(sys.argv[2]) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED) as small:
+        for name in ZipFile(file).namelist():  # the same zip archive, compressed
+            small.writestr(name, ZipFile(file).read(name))
 
 
 if __name__ == "__main__":

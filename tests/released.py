@@ -16,6 +16,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 
 UNITS, STAGE1, UNET = "cond_stage_model.", "first_stage_model.", "model.diffusion_model."
+OURS = ("dyga.", "vqgan.codebook.uses", "extractor.kept")  # not in their file, or of another kind
 # Layers within a block: ours -> theirs. Of several ours is put together.
 VQGAN_LAYERS = {
     "branch.0.0": "norm1", "branch.1": "conv1", "branch.2.0": "norm2", "branch.3": "conv2",
@@ -67,14 +68,14 @@ def settings(take):
 def places():
     """Where our blocks are in their file, with the levels of Tables 7 and 8: {ours: theirs}."""
     middle = ["mid.block_1", "mid.attn_1", "mid.block_2"]
-    encoder = ["", "encoder.conv_in"]
-    decoder = ["post_quant_conv", "decoder.conv_in", *(f"decoder.{x}" for x in middle)]
-    blocks = ["block.0", "block.1", "block.2"]
+    encoder, decoder = ["conv_in"], ["conv_in", *middle]
     for k in range(3):  # levels; theirs counts the decoder's from the finest
-        encoder += [f"encoder.down.{k}.{x}" for x in (*blocks[:2], "downsample")]
-        decoder += [f"decoder.up.{2 - k}.{x}" for x in (*blocks, "upsample")]
-    encoder[-1:] = [f"encoder.{x}" for x in (*middle, "norm_out", "conv_out")] + ["quant_conv"]
-    decoder[-1:] = ["decoder.norm_out", "decoder.conv_out"]  # the last levels do not resample
+        encoder += [f"down.{k}.{x}" for x in ("block.0", "block.1", "downsample")]
+        decoder += [f"up.{2 - k}.{x}" for x in ("block.0", "block.1", "block.2", "upsample")]
+    encoder[-1:] = [*middle, "norm_out", "conv_out"]  # the last levels do not resample
+    decoder[-1:] = ["norm_out", "conv_out"]
+    encoder = ["", *(f"encoder.{x}" for x in encoder), "quant_conv"]
+    decoder = ["post_quant_conv", *(f"decoder.{x}" for x in decoder)]
     found = {"extractor.cnn": UNITS + "image_encoder.encoder", "vqgan.latent_std": "scale_factor",
              "extractor.to_scalars": UNITS + "image_encoder.fc", "unet.up": UNET + "output_blocks",
              "unet.middle": UNET + "middle_block", "unet.conv_in": UNET + "input_blocks.0.0",
@@ -84,10 +85,6 @@ def places():
     found |= {f"vqgan.encoder.{i}": STAGE1 + name for i, name in enumerate(encoder)}
     found |= {f"vqgan.decoder.{i}": STAGE1 + name for i, name in enumerate(decoder)}
     return found | {f"unet.down.{i}": f"{UNET}input_blocks.{i + 1}" for i in range(11)}
-
-
-# Not in their file, or of another kind there.
-OURS = ("dyga.", "vqgan.codebook.uses", "extractor.kept")
 
 
 def their_names(name, n_units):
@@ -115,25 +112,20 @@ def convert(path, dataset):
         return weights[name]
 
     cfg = settings(take)
-    if cfg["unet.base"] % 32:
-        raise data.UserError(f"{path}: its U-Net is not a multiple of 32 channels wide")
+    train.check_settings(cfg, world=1)
     state = train.Model(cfg).state_dict()
-    for name, ours in state.items():
-        if name.startswith(OURS):
-            continue
+    for name in [name for name in state if not name.startswith(OURS)]:
         names = their_names(name, cfg["extractor.n_units"])
-        parts = [take(one) for one in names]
-        if name.startswith("unet.") and "model_ema.decay" in weights:  # these draw the samples
-            parts = [take("model_ema." + x.removeprefix("model.").replace(".", "")) for x in names]
-        if "unit_mlp" in name:  # N of (out, in) -> (N, in, out); N of (out,) -> (N, 1, out)
-            parts = [x.mT[None] if x.ndim == 2 else x[None, None] for x in parts]
-        if name.startswith("unet.") and ".proj_" in name:  # 1x1 convolutions there
-            parts = [x.flatten(1) if x.ndim == 4 else x for x in parts]
-        expected = [x.shape for x in ours.chunk(len(parts))] if ours.ndim else [ours.shape]
-        if [x.shape for x in parts] != expected:
-            raise data.UserError(f"{path}: {names[0]} is {parts[0].shape}; expected {expected[0]}")
-        whole = torch.cat(parts) if ours.ndim else parts[0]
-        ours.copy_(1 / whole if name == "vqgan.latent_std" else whole)  # they multiply by it
+        for theirs, place in zip(names, torch.atleast_1d(state[name]).chunk(len(names))):
+            x = take(theirs)
+            if name.startswith("unet.") and "model_ema.decay" in weights:  # these draw the samples
+                x = take("model_ema." + theirs.removeprefix("model.").replace(".", ""))
+            if "unit_mlp" in name and x.ndim == 2:
+                x = x.mT  # (out, in) -> (in, out)
+            if x.squeeze().shape != place.squeeze().shape:  # sizes of 1: they have 1x1 convolutions
+                raise data.UserError(f"{path}: {theirs} is {x.shape}; expected {place.shape}")
+            place.copy_(x.reshape(place.shape))
+    state["vqgan.latent_std"].reciprocal_()  # they multiply by it
     for name in weights:
         if name.startswith((UNITS, STAGE1, UNET)) and name not in used:
             raise data.UserError(f"{path}: {name} has no place in the networks of dis-dis")

@@ -33,7 +33,7 @@ def reconstruction(logits, images):
     """Bernoulli cross-entropy an image, less the images' entropy (a constant): 0 if perfect.
     logits (B, 3, 64, 64), images uint8 (B, 3, 64, 64)."""
     p = images / 255
-    least = torch.special.entr(p).sum() + torch.special.entr(1 - p).sum()
+    least = torch.special.entr(torch.stack([p, 1 - p])).sum()
     return (F.binary_cross_entropy_with_logits(logits, p, reduction="sum") - least) / len(images)
 
 
@@ -42,10 +42,9 @@ def decompose(q, z):
     correlation, dimension-wise KL (Chen et al.), by minibatch-weighted sampling; together the KL.
     Paper: divides by B times the number of images; here by B, with the same gradient: in a large
     batch the total correlation is the true one."""
-    B = len(z)
     log_q = q.log_prob(z[:, None])  # (B, B, U): z of row i under q(z | image j)
-    log_qz = log_q.sum(2).logsumexp(1) - math.log(B)  # (B,)
-    log_marginals = (log_q.logsumexp(1) - math.log(B)).sum(1)  # (B,)
+    log_qz = log_q.sum(2).logsumexp(1) - math.log(len(z))  # (B,)
+    log_marginals = (log_q.logsumexp(1) - math.log(len(z))).sum(1)  # (B,)
     information = q.log_prob(z).sum(1) - log_qz  # (B,)
     dimensions = log_marginals - PRIOR.log_prob(z).sum(1)  # (B,)
     return information.mean(), (log_qz - log_marginals).mean(), dimensions.mean()
@@ -83,12 +82,11 @@ class Rival(nn.Module):
             nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(),
             nn.ConvTranspose2d(32, 3, 4, 2, 1),  # (B, 3, 64, 64)
         )
-        self.disc = None
-        if cfg["method"] == "factorvae":
-            layers = []  # Paper: six of 1,000; here four of 256, for time
-            for d_in in (U, 256, 256, 256):
-                layers += [nn.Linear(d_in, 256), nn.LeakyReLU(0.2)]
-            self.disc = nn.Sequential(*layers, nn.Linear(256, 2))
+        layers = []  # of the discriminator. Paper: six of 1,000; here four of 256, for time
+        for d_in in (U, 256, 256, 256):
+            layers += [nn.Linear(d_in, 256), nn.LeakyReLU(0.2)]
+        layers.append(nn.Linear(256, 2))
+        self.disc = nn.Sequential(*layers) if cfg["method"] == "factorvae" else None
 
     def encode(self, images):
         """Images uint8 (B, 3, 64, 64) -> q(z|x): normals (B, U)."""
@@ -156,23 +154,21 @@ def fit(model, ds):
         minutes = (now - start) / 60
         progress = minutes / cfg["minutes"] if cfg["minutes"] else seen / cfg["images"]
         if now - printed > 60 or progress >= 1:
-            speed = len(rows) * batch / (now - printed)
             error, kl, tc = torch.stack(rows).mean(0).tolist()  # since the last line
-            print(f"{minutes:.1f} minutes, {seen:,} images, {speed:.0f}/s: reconstruction "
-                  f"{error:.1f}, KL {kl:.2f}, TC {tc:.2f}", flush=True)
+            print(f"{minutes:.1f} minutes, {seen:,} images: reconstruction {error:.1f}, "
+                  f"KL {kl:.2f}, TC {tc:.2f}", flush=True)
             printed, rows = now, []
 
 
 def parse():
     """The command line -> all settings, a dict: train.py's and these."""
     p = data.Parser(description="Train a rival, write its codes. Other flags are train.py's.")
-    number = train.within(float, "0..1e6")
     p.add_argument("--method", default="beta_tcvae", choices=["beta_tcvae", "factorvae"])
-    p.add_argument("--beta", type=number, default=6.0, help="weight of TC in beta-TCVAE")
-    p.add_argument("--gamma", type=number, default=40.0, help="weight of TC in FactorVAE")
+    p.add_argument("--beta", type=float, default=6.0, help="weight of TC in beta-TCVAE")
+    p.add_argument("--gamma", type=float, default=40.0, help="weight of TC in FactorVAE")
     p.add_argument("--units", type=train.within(int, "2..4096"), default=10, help="U, size of z")
     p.add_argument("--plug_in", action="store_true", help="decode units that DyGA aligns")
-    p.add_argument("--minutes", type=number, help="to train; none: --images")
+    p.add_argument("--minutes", type=float, help="to train; none: --images")
     p.add_argument("--out", default="out/rival/codes.npz", help="file of codes to write")
     args, others = p.parse_known_args()
     flags = shlex.split(train.PRESETS["laptop"], comments=True) + others
@@ -183,17 +179,16 @@ def main():
     """Train, then write the means of all images in the dataset's order."""
     torch.set_flush_denormal(True)
     cfg = parse()
-    out = Path(cfg["out"])
-    out.parent.mkdir(parents=True, exist_ok=True)  # if it cannot be made, say so now
+    Path(cfg["out"]).parent.mkdir(parents=True, exist_ok=True)  # if it cannot be made, say so now
     device = train.pick_device(cfg["device"])
     ds = data.load(cfg["dataset"], cfg["data_dir"], cfg["source"], device, vary=cfg["vary"])
     torch.manual_seed(cfg["seed"])
     model = Rival(cfg).to(device)
     fit(model, ds)
     codes = model.means(ds, torch.arange(len(ds))).cpu().numpy()  # (images, U)
-    with data.replacing(out) as temporary, open(temporary, "wb") as file:
+    with data.replacing(cfg["out"]) as temporary, open(temporary, "wb") as file:
         np.savez(file, codes=codes)
-    print(f"wrote {out}: codes {codes.shape}")
+    print(f"wrote {cfg['out']}: codes {codes.shape}")
 
 
 if __name__ == "__main__":

@@ -23,35 +23,19 @@ def test_batched_unit_mlp_equals_a_loop_of_ordinary_linear_layers():
     torch.testing.assert_close(layer(x), torch.stack(loop))
 
 
-def test_a_unit_depends_on_its_own_scalar_only():
-    net, x = small(), torch.randn(6, 3, 64, 64)
-    s = net.scalars(x)
-    changed = s + torch.tensor([0, 0, 1.0, 0])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_unit_depends_on_its_own_scalar_only_and_ends_in_a_relu_only_if_asked(asked):
+    net, x = small(unit_relu=asked), torch.randn(6, 3, 64, 64)
+    changed = net.scalars(x) + torch.tensor([0, 0, 1.0, 0])
     difference = (net.expand(changed) - net(x)).abs().amax(dim=(0, 2))  # (N,)
     assert difference[2] > 0.01 and difference[[0, 1, 3]].max() < 1e-6
+    assert (net.expand(torch.randn(50, 4)) >= 0).all() == asked
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_units_end_in_a_relu_only_if_asked(asked):
-    assert (small(unit_relu=asked).expand(torch.randn(50, 4)) >= 0).all() == asked
-
-
-def test_of_two_folded_readings_of_one_hue_the_selection_keeps_one_and_silences_the_other():
-    torch.manual_seed(0)
-    net, hue, size = small(), torch.rand(4_000) * 2 * torch.pi, torch.rand(4_000)
-    # Sine and cosine are not correlated, but their squares are. Unit 1 is constant.
-    s = torch.stack([3 * hue.cos(), torch.zeros(4_000), 2 * hue.sin(), size], 1)  # (n, N)
-    assert net.select(s) == [0, 3]
-    telling = net.scalars(torch.randn(5, 3, 64, 64)) != 0
-    assert telling.any(0).tolist() == [True, False, False, True]
-
-
-def test_of_two_normal_units_one_is_redundant_if_their_correlation_exceeds_the_threshold():
-    # Of two normal variables no functions correlate by more than these themselves (Lancaster 1957).
-    s = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
-    s[:, 1] = 0.6 * s[:, 0] + 0.8 * s[:, 1]  # correlation 0.6
-    assert small().select(s, most=0.65) == [0, 1, 2, 3]
-    assert len(small().select(s, most=0.55)) == 3
+def test_a_unit_that_is_not_kept_says_the_same_of_every_image():
+    net, x = small(), torch.randn(5, 3, 64, 64)
+    net.kept[1] = False
+    assert (net(x).std(0).amax(1) > 1e-6).tolist() == [True, False, True, True]  # (N,)
 
 
 def test_fsq_rounds_each_unit_to_a_grid_of_the_given_levels_and_lets_gradients_through():

@@ -39,9 +39,8 @@ def test_restart_moves_exactly_the_unused_codes_onto_latents():
 def test_paper_size_turns_64x64_pixels_into_3x16x16_latents_and_quantises_before_it_decodes():
     net = V.VQGAN().eval()
     z = net.encode(IMAGES[:2])
-    assert z.shape == (2, 3, 16, 16) and net.latent_shape == (3, 16, 16)
-    assert net.codebook.codes.shape == (2048, 3)
-    assert net.decode(z).shape == (2, 3, 64, 64)
+    assert z.shape == (2, *net.latent_shape) == (2, 3, 16, 16)
+    assert net.codebook.codes.shape == (2048, 3) and net.decode(z).shape == (2, 3, 64, 64)
     quantised_twice = net.decode(net.codebook(z)[0])
     torch.testing.assert_close(net.decode(z), quantised_twice, atol=1, rtol=0)  # a grey level
 
