@@ -28,8 +28,10 @@ from tqdm import tqdm
 
 SIZE = 64  # every image is 64 x 64 pixels
 
-# Factors and their numbers of values, in the order of the official files. The first of `files` that
-# is found under --data_dir is read: the archive as published, or what it unpacks to.
+# Facts of each dataset. images: how many; factors: {name: number of values}, in the order of the
+# official files. The first of `files` that is found under --data_dir is read: the archive as
+# published, or what it unpacks to; advice: what to do if none is. Tables of pictures add names, of
+# their files in order, and labels int64 (images, F) unless they form a grid.
 DATASETS = {
     "shapes3d": dict(
         images=480_000,
@@ -68,11 +70,12 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     draws the twin only where the file is missing.
     vary: "NAME,NAME", some of a grid's factors. The others are held at the middle of their values.
     """
+
     facts, folder = DATASETS[dataset], Path(data_dir)
     if dataset == "folder":
         facts = own_pictures(folder, facts)
     npy = folder / f"{dataset}-64x64{facts.get('stamp', '')}.npy"
-    # Once the .npy file is made, the official one may go.
+    # Once the .npy file is made, the official one may go (but not CelebA's table, nor pictures).
     paths = [npy, *(folder / file for file in facts["files"])]
     found = [path for path in paths if path.exists()]
     if dataset == "shapes3d" and source != "official" and (source == "rendered" or not found):
@@ -108,7 +111,8 @@ def hold_others(vary, images, facts, device):
 class Dataset:
     """Images by index, and the factors that an index stands for; every answer lies on `device`.
 
-    source is "rendered" or "official"; source_note says in one line where the images come from.
+    source is "rendered", "official" or, in evaluate.py, "codes"; source_note says in one line where
+    the images come from.
     factor_names are F texts, factor_sizes F whole numbers, len() counts the images.
     is_grid: there is one image of each combination of factors, in row-major order, so the factors
     are the digits of the index and the last one changes fastest. CelebA is no grid: a table.
@@ -139,13 +143,15 @@ class Dataset:
         return self._facts["labels"][idx.cpu()].to(self.device)  # (B, F)
 
     def index(self, factors):
-        """factors int64 (B, F) -> idx int64 (B,), the inverse of factors(). UserError: no grid."""
+        """factors int64 (B, F) -> idx int64 (B,), the inverse of factors(). UserError: no grid.
+
+        ValueError: no such value.
+        """
+
         if not self.is_grid:
             raise UserError(f"{self.name} is not a grid: no image can be looked up by its factors")
-        idx = 0
-        for digit, size in zip(factors.to(self.device).T, self.factor_sizes):
-            idx = idx * size + digit  # (B,)
-        return idx
+        idx = np.ravel_multi_index(tuple(factors.cpu().numpy().T), self.factor_sizes)  # (B,)
+        return torch.from_numpy(idx).to(self.device)
 
 
 # ---- The rendered twin of Shapes3D --------------------------------------------------------------
@@ -182,7 +188,7 @@ SHAPES = {"cube": (0.350, 0.350, 0.350), "cylinder": (0.3735, 0.375, 0.375),
 
 def rendered(device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of the rendered twin."""
-    # The values were float16, so a GPU's TF32 products round nothing: every device draws the same.
+    # float16 and a GPU's TF32 both keep 10 bits of fraction: products are exact on every device.
     maps, palette = weight_maps().to(device, torch.float32), PALETTE.to(device)
 
     def draw(idx):
@@ -203,7 +209,8 @@ def weight_maps():
     # On the CPU, where a sample on an edge always falls on the same side.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more only wait for each other on arrays this small
-    # The Lanczos filter shrinks one side of a picture; d is in output pixels.
+    # The Lanczos filter (3 lobes) shrinks one side of a picture. d, in output pixels: how far each
+    # sample is from each output pixel, whose middle is sample 3 i + 1.
     d = (torch.arange(SIDE) - (3 * torch.arange(SIZE)[:, None] + 1)) / 3  # (64, 192)
     shrink = torch.where(d.abs() < 3, torch.sinc(d) * torch.sinc(d / 3), 0.0)
     shrink = shrink / shrink.sum(1, keepdim=True)
@@ -404,6 +411,7 @@ def sample_grid(ds):
 
     Where images are no grid: four rows of them, from all over the dataset.
     """
+
     rows, names = torch.arange(60).view(4, 15) * len(ds) // 60, []
     if ds.is_grid:
         names = ds.factor_names
@@ -443,7 +451,8 @@ def own_pictures(folder, facts):
         if table.exists():
             files.append(table)
             lines = table.read_text("utf-8-sig").splitlines()  # sig: a mark of Windows
-            (_, *names), *rows = filter(None, csv.reader(lines))  # but empty lines
+            header, *rows = filter(None, csv.reader(lines))  # but empty lines
+            names = header[1:]
         if len(rows) < 2:
             raise ValueError(f"found {len(rows)} pictures, expected 2 or more")
         facts = facts | table_facts(names, rows)
@@ -453,7 +462,7 @@ def own_pictures(folder, facts):
 
 
 def celeba_facts(folder, facts):
-    """Facts of list_attr_celeba.txt: the number of rows, the names, and the rows."""
+    """Facts of list_attr_celeba.txt: a number, a line of names, and a row for each picture."""
     table = folder / "list_attr_celeba.txt"
     with readable(table, facts["advice"]):
         _, names, *rows = map(str.split, table.read_text("utf-8").splitlines())
@@ -523,7 +532,8 @@ def expect(what, found, expected):
 
 
 def convert(dataset, path, npy, facts):
-    """Write the images at `path` to the file `npy`, or nothing at all."""
+    """Write the images at `path` to the file `npy`, all or none."""
+
     def images():
         count = 0
         with readable(path, facts["advice"]):

@@ -10,6 +10,8 @@ attribute (per hue). DyGA finds such groups and shows them to the denoiser more 
            denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is that
            a denoiser which sees clear groups teaches the extractor to make them.
 
+Not in the paper, and at the end: informative_units, which tells units apart from their copies.
+
     python dyga.py    # fits toy units, prints anchors beside the truth, draws out/dyga.png
 
 In another model, whatever its latent units and its loss are:
@@ -146,8 +148,8 @@ class DyGA(nn.Module):
             x = normalise(c.float(), self.centre, self.scale[:, None])  # (B, N, D)
             mu = normalise(self.anchors, self.centre[:, None], self.scale[:, None, None])
             m = Mixture(self.log_pi, mu, self.q, self.a, self.b, self.d)  # N mixtures at a time
-            energy = -0.5 * cost(x.transpose(0, 1), m, self.d_max)  # (N, K, B)
-            r = energy.masked_fill(~self.mask[..., None], -1e30).softmax(1)
+            log_density = -0.5 * cost(x.transpose(0, 1), m, self.d_max)  # (N, K, B)
+            r = log_density.masked_fill(~self.mask[..., None], -1e30).softmax(1)
             return r.permute(2, 0, 1) * self.mask  # (B, N, K)
 
     @torch.no_grad()
@@ -315,7 +317,8 @@ def cost(x, m, J):
     x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
     J: how far the sums over j go: the largest d_k or more, as a_kj = b_k, so nothing, beyond.
     """
-    D, width = m.q.shape[-2:]  # a fit keeps all D directions, the buffers d_max: the rest has b
+    # In a fit a mixture has all D directions, in the buffers d_max; the others have variance b_k.
+    D, width = m.q.shape[-2:]
     constant = m.a.log().sum(-1) + (D - width) * m.b.log() - 2 * m.log_pi  # (K,)
     constant += D * math.log(2 * math.pi)
     # |x - mu|^2 = |x|^2 - 2 mu . x + |mu|^2 needs no tensor of size K n D.
@@ -331,8 +334,8 @@ def cost(x, m, J):
 
 def e_step(x, m):
     """Responsibilities r (K, n), equation 4, and the log-likelihood, a float."""
-    energy = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
-    return energy.softmax(0), energy.logsumexp(0).sum(dtype=torch.float64).item()
+    log_density = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
+    return log_density.softmax(0), log_density.logsumexp(0).sum(dtype=torch.float64).item()
 
 
 def m_step(x, r, d_least, d_max):
@@ -352,7 +355,7 @@ def m_step(x, r, d_least, d_max):
     q = q.flip(-1).to(x.dtype)  # (K, D, D)
     d = scree(values).clamp(max=d_max).clamp(min=d_least)
     rest = torch.arange(x.shape[1]) >= d[:, None]  # (K, D)
-    # At the floor they are still the most likely ones of all allowed: EM keeps its guarantee.
+    # Variances lifted to the floor are the most likely of all allowed: EM keeps its guarantee.
     b = ((values * rest).sum(1) / rest.sum(1)).clamp(min=FLOOR)  # (K,)
     a = torch.where(rest, b[:, None], values.clamp(min=FLOOR))  # (K, D)
     return Mixture((count / count.sum()).log(), mu, q, a, b, d).of(count > EMPTY)
@@ -412,12 +415,13 @@ def clusters(x, m):
 
 
 def informative_units(s, most, bins=20):
-    """Numbers of the units that are not redundant, a sorted list: what only the others told is
-    hoped to move to these once the others are silenced. s: scalars (n, N), n some thousands.
+    """Which units are not redundant. s: scalars (n, N), n some thousands -> their indices, sorted.
+    train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each a smooth and folded reading of the
     colour, as nothing asks for fewer. So units are chosen one by one (forward selection): each time
-    the one that, with those chosen before, explains most of the variance of all scalars. A unit is
+    the one that, with those chosen before, explains most of the variance of all scalars (they are
+    not standardised: a unit of large scalars counts more). A unit is
     redundant, and no candidate any more, once some function of its scalar correlates by more than
     `most` with a sum of functions of the chosen ones' (the largest canonical correlation). Why
     functions: the cosine of a hue's angle does not correlate with its sine, but their squares do.

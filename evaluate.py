@@ -3,7 +3,7 @@
     python evaluate.py out/shapes3d-laptop/ckpt.pt            # everything, at the paper's counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --quick    # a few minutes, at smaller counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
-    python evaluate.py --codes codes.npz --dataset shapes3d   # codes of any model, yours or another
+    python evaluate.py --codes codes.npz --dataset shapes3d   # codes of any model: scores alone
 
 It prints scores with the paper's beside them, and writes metrics.json, PNGs and index.html (open it
 in a browser, offline too) to --out, by default to eval beside the input.
@@ -59,15 +59,16 @@ def progress(work, words, total=None):
 def fit_pca(c):
     """One-component PCA of every unit. c: (n, N, D) -> mean and direction, each (N, D) float32.
     Metrics see a unit as one number (section 4.1). It IS one under an MLP: little is lost."""
+
     if c.shape[2] == 1:
-        return torch.zeros_like(c[0]), torch.ones_like(c[0])  # it stays as it is
+        return torch.zeros_like(c[0]), torch.ones_like(c[0])  # a number stays as it is
     x = c.double()  # (n, N, D)
     mean = x.mean(0)  # (N, D)
     x = x - mean
     cov = torch.einsum("nud,nue->ude", x, x) / len(c)  # (N, D, D)
     direction = torch.linalg.eigh(cov).eigenvectors[..., -1]  # (N, D), of the largest eigenvalue
     largest = direction.abs().argmax(1, keepdim=True)  # (N, 1)
-    sign = direction.gather(1, largest).sign()  # (N, 1); it is free, so make the largest positive
+    sign = direction.gather(1, largest).sign()  # (N, 1): of +-direction the one that this makes > 0
     return mean.float(), (direction * sign).float()
 
 
@@ -100,27 +101,31 @@ def read_codes(path, count):
     except Exception as error:  # foreign bytes fail in any way; nothing of ours is inside this try
         raise UserError(f"{path}: cannot be read ({error}); expected an .npz file of one array, or "
                         "with one named codes: numpy.savez(FILE, codes=ARRAY)") from error
-    fits = (codes.ndim in (2, 3) and len(codes) == count and codes.dtype.kind in "fiub"
-            and np.isfinite(codes).all())
-    if not fits:
+    fits = codes.ndim in (2, 3) and len(codes) == count and codes.dtype.kind in "fiub"
+    if not fits or not codes.size or not np.isfinite(codes).all():
         raise UserError(f"{path}: {name} is {codes.dtype} {codes.shape}; expected numbers without "
                         f"NaN and Inf, ({count:,} images, U) or ({count:,} images, N, D)")
-    return codes.reshape(*codes.shape[:2], -1)  # (images, N, D)
+    if codes.dtype.kind != "f":
+        codes = codes.astype(np.float32)
+    return codes.reshape(len(codes), codes.shape[1], -1)  # (images, N, D)
 
 
 class Probe:
     """A random sample of images, and which unit knows which factor on it.
     groups: {factor: its best unit, then all other active units that know it best}, of the eight
     best known factors (CelebA has 40). Without labels {unit: that unit}, of the eight loudest."""
+
     def __init__(self, units, ds, n, seed):
         order = np.random.default_rng(seed).permutation(len(ds))
         self.idx = torch.from_numpy(order[:n])  # (n,), none twice
         parts = progress(self.idx.split(BATCH), f"units of a sample, {BATCH} images at once")
         self.c = torch.cat([units(part) for part in parts])  # (n, N, D), before alignment
+        if not self.c.isfinite().all():
+            raise UserError("units are NaN or Inf: the training diverged; train it again")
         if self.c.shape[1] < 2:
             raise UserError("found 1 unit, expected two or more: metrics compare units")
         self.pca = fit_pca(self.c)
-        self.codes = project(self.c, self.pca).cpu().numpy()  # (n, N)
+        self.codes = project(self.c, self.pca).cpu().double().numpy()  # (n, N)
         self.names = ds.factor_names
         self.factors = ds.factors(self.idx).cpu().numpy()  # (n, F); F is 0 without labels
         sd = self.codes.std(0, ddof=1)  # (N,)
@@ -161,13 +166,15 @@ class Probe:
 
 class Sampler:
     """Draws codes and factors for one metric, from one generator; no factors of one value."""
+
     def __init__(self, encode, factor_sizes, seed, least_factors=1, least_units=1):
         self.encode, self.least_units = encode, least_units
         self.rng = np.random.default_rng(seed)
         self.labels = None
         sizes = np.array(factor_sizes)  # (K,) or (images, K)
         if sizes.ndim == 2:
-            self.labels = sizes[:, np.ptp(sizes, axis=0) > 0]
+            counts = sizes.max(0) + 1  # of values
+            self.labels = sizes[:, (counts > 1) & (counts < len(sizes))]
             sizes = self.labels.max(0) + 1
         self.sizes = sizes[sizes != 1]  # (K,)
         if len(self.sizes) < least_factors:
@@ -225,6 +232,7 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
     relative to its variance over everything, gets a vote for k. Training votes name each unit after
     its most frequent factor; the score is how often that name is right on new votes. Units of
     sd < 0.05 take no part, as in the reference: a good code that is scaled down enough scores 0."""
+
     sampler = Sampler(encode, factor_sizes, seed)
     if sampler.labels is not None:
         raise ValueError("labels of images found; FactorVAE needs the sizes of a grid")
@@ -257,6 +265,7 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
 
 def fit_trees(x, y, x_test, y_test, seed, jobs, words):
     """Boosted trees from codes to each factor -> importances (U, K), test accuracies (K,)."""
+
     def fit(k):
         labels = y[:, k]
         if (labels == labels[0]).all():  # of few images a rare value may be missing
@@ -274,6 +283,7 @@ def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=-1):
     Boosted trees predict each factor from all units; R[u, k] is the importance of unit u for factor
     k. Returns dict, all 0 to 1: disentanglement (a unit is important for one factor), completeness
     (a factor needs one unit), informativeness (test accuracy). Never compare across counts."""
+
     sampler = Sampler(encode, factor_sizes, seed, least_factors=2, least_units=2)
     samples = sampler.split(n_train, n_test)
     R, accuracies = fit_trees(*samples, seed, jobs, "DCI, trees of one factor each")  # R: (U, K)
@@ -293,6 +303,7 @@ def mutual_information(codes, factors, bins=20):
     """Mutual information of units, cut into bins, with factors, and factors' entropies; in nats.
     codes (n, U), factors int64 (n, K) -> (U, K), (K,). Plug-in estimates: a unit and a factor that
     have nothing to do with each other still get about (bins-1)(values-1)/2n."""
+
     U, K = codes.shape[1], factors.shape[1]
     mi, h = np.zeros((U, K)), np.zeros(K)
     for u, k in np.ndindex(U, K):
@@ -307,6 +318,7 @@ def mutual_information(codes, factors, bins=20):
 def mig(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     """Mutual information gap (reference 9), 0 to 1: does exactly one unit know a factor?
     Mean over factors of (best - second best unit's information) / H(factor)."""
+
     codes, factors = Sampler(encode, factor_sizes, seed, least_units=2).draw(n_train)
     mi, h = mutual_information(codes, factors, bins)
     return float((gap(mi) / h).mean())
@@ -316,6 +328,7 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_onl
     """Modularity (reference 49), 0 to 1: does a unit know one factor? It does not mind copies.
     Per unit 1 - (sum over the other factors of MI^2) / ((K-1) max MI^2), and 0 for a unit that
     knows nothing; the mean over ALL units. Beyond the paper: active_only, units of sd >= 0.05."""
+
     codes, factors = Sampler(encode, factor_sizes, seed, least_factors=2).draw(n_train)
     squared = mutual_information(codes, factors, bins)[0] ** 2  # (U, K)
     best = squared.max(1)  # (U,)
@@ -332,6 +345,7 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_onl
 def sap(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000):
     """SAP score (reference 33), 0 to 1: does one unit alone predict a factor, by a straight cut?
     Mean over factors of best minus second best unit's test accuracy."""
+
     sampler = Sampler(encode, factor_sizes, seed, least_units=2)
     x, y, x_test, y_test = sampler.split(n_train, n_test)  # (n, U), (n, K), and to test
     table = np.zeros((x.shape[1], y.shape[1]))  # (U, K)
@@ -354,8 +368,10 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     """InfoMEC (reference 24), without bins. Returns dict, all at most 1:
     infom, modularity: does a unit know one factor only; infoc, compactness: does one unit only know
     a factor; infoe, explicitness: how much of its error units save a linear classifier."""
+
     x, y = Sampler(encode, factor_sizes, seed, least_factors=2).draw(n_train)  # (n, U), (n, K)
-    # Scale, not information: noise of ordinary spread takes part in infom and infoc.
+    # A question of scale, not of information: noise of ordinary spread takes part in infom and
+    # infoc, and a unit that says the same of the middle half of all images does not.
     spread = np.ptp(np.percentile(x, [25, 75], axis=0), axis=0)  # (U,)
     active = spread > spread.max() / 10  # (U,)
     sd = x.std(0)  # (U,)
@@ -363,7 +379,7 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     K, A = y.shape[1], int(active.sum())
     nmi, saved = np.zeros((K, A)), np.zeros(K)
     for k in progress(range(K), "InfoMEC, a factor each"):
-        if A:  # by nearest neighbours; the seed is of a noise of 1e-10: no two values are equal
+        if A:  # by nearest neighbours; scikit-learn adds noise of 1e-10, so no two codes are equal
             mi = mutual_info_classif(x[:, active], y[:, k], n_neighbors=10, random_state=seed)
             nmi[k] = mi / entropy(np.bincount(y[:, k]) / len(y))
         saved[k] = 1 - linear_error(x, y[:, k]) / linear_error(0 * x, y[:, k])
@@ -384,6 +400,7 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
 def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=-1, n_train=10_000):
     """Are few labels enough (Table 5)? Trees from n_train labels, from 1,000 and from 100.
     Returns dict: acc, test accuracy at n_train; acc_1000_ratio, acc_100_ratio: what is left."""
+
     sampler, means = Sampler(encode, factor_sizes, seed), []
     for n in (n_train, 1_000, 100):
         samples = sampler.split(min(n, n_train), n_test)
@@ -396,6 +413,7 @@ def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=-1, n_train=
 def stepped_auroc(codes, attribute, step):
     """AUROC of a unit (n,) for an attribute (n,) of 0 and 1, in the better direction.
     By a few thresholds, up to 0.14 too high: the reference's rule, and so the paper's."""
+
     thresholds = codes.min() + np.arange(0, 1 + step / 2, step) * np.ptp(codes)  # (T,)
     above = codes >= thresholds[:, None]  # (T, n), what each threshold predicts of each image
     areas = []
@@ -412,6 +430,7 @@ def tad(codes, attributes, step=0.1):
     (AUROC at least 0.75) and no other attribute gives it away (mutual information at most 0.2 of
     its own entropy). Returns dict: tad, the sum over captured attributes of best minus second best
     unit's AUROC; captured, how many."""
+
     codes = finite(np.asarray(codes, dtype=np.float64))
     attributes = np.asarray(attributes)
     if not np.isin(attributes, (0, 1)).all():
@@ -434,6 +453,7 @@ def separation(dyga, probe):
     purity: share of samples that have the most frequent value of their own anchor's samples;
     chance: the same if there were one single anchor;
     margin: 1 - (distance to the own anchor) / (distance to the nearest other); should rise."""
+
     units = np.flatnonzero(probe.active & dyga.mask.any(1).cpu().numpy())
     if not probe.names or not len(units):
         return {}
@@ -461,7 +481,9 @@ def separation(dyga, probe):
 
 
 def exchange(c_tilde, other, groups):
-    """Units (B, N, ...) -> (R, B, N, ...): in each row one group's units are the other's."""
+    """Units (B, N, ...) -> (R, B, N, ...): in each row one group's units are the other's.
+    The same for factors (B, F), where a group is one number."""
+
     rows = torch.stack([c_tilde] * len(groups))
     for row, units in zip(rows, groups):
         row[:, units] = other[:, units]
@@ -472,6 +494,7 @@ class Painter:
     """Generates images, and draws the figures that need the model. steps: of DDIM.
     In figures all start from ONE noise: what differs between two pictures comes from their units.
     Of several `noises` image i starts from number i modulo noises. Arguments are idx int64 (B,)."""
+
     def __init__(self, model, ds, probe, steps, seed, noises=1):
         self.model, self.ds, self.probe, self.steps = model, ds, probe, steps
         self.groups = list(probe.groups.values())
@@ -486,12 +509,13 @@ class Painter:
         flat = c_tilde.flatten(0, -3)  # (n, N, D)
         noise = self.noise.repeat(len(flat) // len(self.noise), 1, 1, 1)  # (n, z, h, w)
         parts = progress(flat.split(64), f"{words}, 64 images at once")
-        made = [self.model.sample(*part, self.steps) for part in zip(parts, noise.split(64))]
+        made = [self.model.sample(c, z, self.steps) for c, z in zip(parts, noise.split(64))]
         return torch.cat(made).unflatten(0, c_tilde.shape[:-2])  # (..., 3, H, W)
 
     def interchange(self, source, target):
         """Figures 3 and 8: give the source the target's units of one factor.
         Paper: exchanges one unit. Where several stand for a factor, one changes it by half."""
+
         c_tilde = self.c_tilde(source)  # (B, N, D)
         rows = exchange(c_tilde, self.c_tilde(target), [[], *self.groups])  # (1 + R, B, N, D)
         made = self.generate(rows, "interchange")  # (1 + R, B, 3, H, W)
@@ -531,6 +555,7 @@ class Painter:
         """What the page's slider shows: a dict of each factor's units, and each of `most` units.
         Up to `stops` values, from images sorted by the factor (one for each value) or the unit.
         Units are taken WHOLE: a straight line would leave the curve they are on."""
+
         probe = self.probe
         choices = {}  # by text: the units, and a number for each image to sort the sample by, (n,)
         if probe.names:
@@ -541,9 +566,11 @@ class Painter:
             choices[f"unit {u}{factor}"] = [u], probe.codes[:, u]
         strips, c_tilde = {}, self.c_tilde(idx)[:, None]  # (I, 1, N, D)
         for text, (units, values) in choices.items():
-            first = np.unique(values, return_index=True)[1]  # an image of each value, by value
-            places = np.linspace(0.02, 0.98, min(stops, len(first))) * (len(first) - 1)
-            donors = self.c_tilde(probe.idx[first[places.round().astype(int)]])  # (S, N, D)
+            sorted_images = np.unique(values, return_index=True)[1]  # one of each value
+            # Not the very ends: a unit's may be outliers.
+            places = np.linspace(0.02, 0.98, min(stops, len(sorted_images)))
+            places = (places * (len(sorted_images) - 1)).round().astype(int)  # (S,)
+            donors = self.c_tilde(probe.idx[sorted_images[places]])  # (S, N, D)
             rows = c_tilde.repeat(1, len(donors), 1, 1)  # (I, S, N, D)
             rows[:, :, units] = donors[:, units]
             made = self.generate(rows, f"slider, {text}")  # (I, S, 3, H, W)
@@ -569,6 +596,7 @@ class Painter:
 def nearest_image(ds, images):
     """The image of the WHOLE dataset that looks most like each of these n -> idx int64 (n,).
     Compared at 8x8 pixels, which read all factors of 576 reconstructions of laptop's stage 1."""
+
     def small(images):
         return F.adaptive_avg_pool2d(images.float(), 8).flatten(1)  # (B, 192)
     query = small(images)  # (n, 192)
@@ -590,6 +618,7 @@ def control(painter, seed):
     the target's value in steps (of no use for hues, whose values form a circle). Each is a list of
     four: all units of the factor exchanged; its best unit alone, as in Figures 3 and 8; the
     ceiling, stage 1's reconstruction of what should come out; chance, a random image."""
+
     ds = painter.ds
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(ds.factor_sizes)  # (F,)
@@ -602,6 +631,7 @@ def control(painter, seed):
     ways = painter.groups + [units[:1] for units in painter.groups]  # 2 R lists of units
     different = [units for row, units in enumerate(ways) if units not in ways[:row]]
     made = painter.generate(exchange(a, b, different), "control")  # (different, P, 3, H, W)
+    # In this order: with all units (R rows), with the best (R), reconstructions (R); then chance.
     images = [made[different.index(units)] for units in ways]
     images += [painter.model.vqgan.reconstruct(ds.images(ds.index(row))) for row in wanted]
     idx = nearest_image(ds, torch.cat(images)).cpu()  # (3 R P,)
@@ -664,10 +694,10 @@ METRICS = {
     "modularity_active": (functools.partial(modularity, active_only=True), dict(n_train=2_000)),
     "sap": (sap, dict(n_train=2_000, n_test=1_000)),
     "infomec": (infomec, dict(n_train=2_000)),
-    "gbt": (gbt_efficiency, dict(n_test=5_000)),  # training sets are fixed: left out if quick
+    "gbt": (gbt_efficiency, dict(n_train=10_000, n_test=5_000)),  # it is slow: left out if quick
 }
 # The paper's own rows (Tables 1 and 10, 5, 2).
-PAPER = """\
+PAPER_TEXT = """\
 score               shapes3d     cars3d       mpi3d_toy    celeba
 factorvae           1.000+-0.000 0.941+-0.002 0.930+-0.004 -
 dci_disentanglement 0.938+-0.001 0.414+-0.013 0.627+-0.002 -
@@ -679,7 +709,7 @@ gbt_acc_1000_ratio  0.990+-0.000 -            0.888+-0.002 -
 gbt_acc_100_ratio   0.863+-0.001 -            0.757+-0.001 -
 tad_tad             -            -            -            0.954+-0.024
 """
-NAMES, *COLUMNS = zip(*map(str.split, PAPER.splitlines()))
+NAMES, *COLUMNS = zip(*map(str.split, PAPER_TEXT.splitlines()))
 PAPER = {column[0]: dict(zip(NAMES, column)) for column in COLUMNS}  # {dataset: {score: value}}
 
 
@@ -754,7 +784,7 @@ def build_parser():
                    "file's only array, or the one named codes. Needs --dataset; images only for "
                    "celeba and folder, whose labels come with them")
     p.add_argument("--dataset", choices=data.DATASETS, help="what the codes are of")
-    p.add_argument("--out", help="folder for everything written (default: eval, beside the input)")
+    p.add_argument("--out", help="folder for everything written; none: eval, beside the input")
     p.add_argument("--quick", action="store_true", help="smaller sample counts (scores at other "
                    "counts cannot be compared), fewer pictures, no gbt")
     p.add_argument("--only", type=lambda words: words.split(","), metavar="A,B", help=f"some of "
@@ -772,7 +802,8 @@ def check_flags(args, ds):
     possible = list(METRICS) if ds.is_grid else ["dci", "infomec", "gbt"]
     if ds.name == "celeba":
         possible = ["tad"]
-    if len(ds.factor_names) < 2:  # scores compare factors
+    # Scores compare factors. One value for all images, or one for each, is nothing to be told.
+    if sum(1 < size < len(ds) for size in ds.factor_sizes) < 2:
         possible = []
     if ds.is_grid and args.checkpoint:
         possible.append("control")
@@ -825,7 +856,8 @@ def main():
     # Paper: released code fits the PCA on all images; it needs far fewer. TAD is of 10,000.
     n = 4_000 if args.quick else 20_000
     probe = Probe(units, ds, n if ds.is_grid else 10_000, args.seed)
-    encode, scores = cached(units, probe.pca, len(ds)), {}
+    encode = cached(units, probe.pca, len(ds))
+    scores = {}
     truth = ds.factor_sizes if ds.is_grid else ds.factors(torch.arange(len(ds))).cpu()
     for name in parts:
         if name in METRICS:
@@ -835,7 +867,7 @@ def main():
                 counts = {count: defaults[count].default for count in counts}
             if not ds.is_grid:
                 total = max(sum(counts.values()), len(ds))
-                counts = {count: n * len(ds) // total for count, n in counts.items()}
+                counts = {count: wish * len(ds) // total for count, wish in counts.items()}
             scores |= score(name, counts, metric, encode, truth, args.seed, **counts)
     if "tad" in parts:
         scores |= score("tad", {"images": len(probe.idx)}, tad, probe.codes, probe.factors)
@@ -871,7 +903,7 @@ def main():
     for name, picture in pictures.items():
         picture.save(out / f"{name}.png")
     log = source.parent / "log.jsonl"
-    log = log.read_text() if log.is_file() else ""
+    log = log.read_text() if model and log.is_file() else ""
     (out / "index.html").write_text(page(report, config, pictures, log, slider), "utf-8")
     print(f"wrote {out}: metrics.json, {len(pictures)} figures, index.html (open it in a browser)")
 

@@ -44,7 +44,8 @@ class Extractor(nn.Module):
         unit_hidden: widths of the hidden layers of each unit's private MLP.
         shrink: average the image over shrink x shrink pixels first (paper: 1).
         unit_relu: end every unit in a ReLU, as Table 9 does. About half of a unit's numbers are
-            then exactly 0, and equation 6 divides by them. So the laptop preset leaves it out.
+            then exactly 0, and equation 6 divides by them: it hardly moves such units, whatever
+            the least denominator (dyga.py). So the laptop preset leaves the ReLU out.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
     """
 
@@ -89,7 +90,7 @@ class Extractor(nn.Module):
         """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N): all that a unit knows of them."""
         x = nn.functional.avg_pool2d(x, self.shrink)  # (B, 3, H/shrink, W/shrink)
         s = self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
-        return s * self.kept
+        return s * self.kept  # a silenced unit stays in the set, and says the same of all images
 
     def expand(self, s):
         """Scalars s (B, N) -> units c (B, N, D), each through its private MLP."""
@@ -107,7 +108,7 @@ class FSQ(nn.Module):
 
     A unit is mapped to a few numbers, each is rounded to one of `levels` evenly spaced values, and
     the result is mapped back. With the paper's levels (8, 5, 5) a unit can take 200 values: enough,
-    but where they lie is fixed beforehand, whatever the attributes are.
+    but they lie on an even grid, whatever the attributes are; the two maps only stretch it.
     Paper: does not say whether all units share the two maps; here they do, as is common.
     """
 

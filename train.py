@@ -71,8 +71,8 @@ PRESETS = {
     --vqgan.z_channels 4 --stage1.disc_weight 0 --stage1.loss mse --stage1.lr 6e-3
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
 
-    # The extractor sees the image at 32x32, and all of it is a quarter as wide, for time. No ReLU
-    # at the end of a unit (see Extractor).
+    # The extractor sees the image at 32x32, and is at most a quarter as wide, for time. No ReLU at
+    # the end of a unit (see Extractor).
     --extractor.shrink 2 --extractor.channels 16 32 64 64 --extractor.hidden 256 128
     --extractor.unit_hidden 64 128 --no-extractor.unit_relu
 
@@ -94,9 +94,9 @@ PRESETS = {
     # (dyga.py, informative_units): earlier, scale and shape were still told by one unit.
     --select_at 0.5
 
-    # Each of 48,000 images (a tenth of Shapes3D) comes five times. So stage 1's encoder costs a
-    # fifth, and anchors, fitted once an epoch, have time to act. The moving average is short, like
-    # the run.
+    # Each of 48,000 images (a tenth of Shapes3D) comes five times, on average. So stage 1's encoder
+    # costs a fifth, and anchors, fitted once an epoch, have time to act. The moving average is
+    # short, like the run.
     --images 240000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
     "tiny": """
@@ -136,7 +136,7 @@ class Model(torch.nn.Module):
         """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> the loss of equation 2, and what
         to log: a dict of 0-dim tensors."""
         c = self.extractor(to_float(images))  # (B, N, D)
-        # A loss on c would be added here, for instance its distance from self.dyga.nearest(c)[0]:
+        # A loss on c would be added here, for instance the one in the docstring of dyga.nearest:
         # alignment moves what the U-Net sees, and c only by way of its gradient.
         c_tilde, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N)
         loss = diffusion_loss(self.unet, z0, c_tilde, self.alpha_bar, self.cfg["loss"],
@@ -347,13 +347,13 @@ class Run:
         self.pool = order[:min(cfg["pool_images"], cfg["images"])]  # no more than will be seen
 
         # AdamW's averages: LDM's short ones where the loss moves with the discriminator. Weight
-        # decay 0.01: torch's and LDM's default; the paper names none.
+        # decay in stage 2, 0.01: torch's and LDM's default; the paper names none.
         betas = (0.5, 0.9) if self.disc else (0.9, 0.99)
-        encoder, codebook, decoder = self.model.vqgan.children()
-        others = [codebook, self.disc] if self.disc else [codebook]
+        vqgan = self.model.vqgan
+        others = [vqgan.codebook, self.disc] if self.disc else [vqgan.codebook]
         networks = [self.model.extractor, self.model.unet]
         self.optimizers = {
-            1: make_optimizers(cfg, [encoder, decoder], others, betas, 0.0),
+            1: make_optimizers(cfg, [vqgan.encoder, vqgan.decoder], others, betas, 0.0),
             2: make_optimizers(cfg, networks, [], (0.9, 0.999), 0.01),
         }
 

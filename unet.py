@@ -4,8 +4,8 @@ Where it sits: stage 1 (vqgan.py) turned an image into a small latent z0. The ex
 same image into N latent units c, which alignment (dyga.py) turns into c~ (c_tilde). Diffusion
 drowns z0 in noise, and this network must say what the noise was, given the units:
 
-    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps                           (equation 1)
-    eps^ = UNet(z_t, t, c~)                                                          (equation 2)
+    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps              (t steps of equation 1)
+    eps^ = UNet(z_t, t, c~)                          (its distance from eps: equation 2)
 
 Table 8's U-Net on a latent of 16x16. Each () is a ResBlock, (+) one with a Transformer behind it,
 where each pixel looks up the units. (On the way up each takes one skip; the third at a level is
@@ -44,7 +44,7 @@ def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
 
 
 def add_noise(z0, eps, t, alpha_bar):
-    """Equation 1: latents z0 and noise eps (B, Z, h, w), times t int64 (B,) -> z_t (B, Z, h, w)."""
+    """t steps of equation 1: z0 and eps (B, Z, h, w), times t int64 (B,) -> z_t (B, Z, h, w)."""
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
 
@@ -277,8 +277,9 @@ class UNet(nn.Module):
 
     def drops_skips(self, factor, side):
         """Does skip dropout act where features are side x side pixels, `factor` downsampled?"""
-        asked = factor if self.skip_dropout_where == "text" else side
-        return asked not in self.attention_at
+        if self.skip_dropout_where == "text":
+            return factor not in self.attention_at
+        return side not in self.attention_at  # compares pixels with factors, as released
 
     def forward(self, z_t, t, c_tilde, maps=None):
         """z_t (B, Z, h, w), times t int64 (B,), units c_tilde (B, N, D) -> eps_hat (B, Z, h, w).
@@ -379,15 +380,16 @@ def orthogonalise(x, steps=5):
     """Newton-Schulz: matrices x (B, m, n) -> nearly orthogonal ones, same singular vectors.
 
     An odd polynomial of a matrix acts on its singular values alone: a X + b XX'X + c (XX')^2 X
-    turns each value s into a s + b s^3 + c s^5. With these coefficients five rounds lift all but
-    the tiniest s into 0.7 to 1.2, by matrix products only (Jordan et al. 2024).
+    turns each value v into a v + b v^3 + c v^5. With these coefficients five rounds lift all but
+    the tiniest v into 0.7 to 1.2, by matrix products only (Jordan et al. 2024).
     """
+    a, b, c = 3.4445, -4.7750, 2.0315
     if x.shape[1] > x.shape[2]:
         return orthogonalise(x.mT, steps).mT  # XX' is then the smaller product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT  # (B, m, m)
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x  # (B, m, n)
+        x = a * x + (b * gram + c * gram @ gram) @ x  # (B, m, n)
     return x
 
 
@@ -397,7 +399,7 @@ class Muon(torch.optim.Optimizer):
     Every direction in which a layer can learn gets a step of the same size, while AdamW's steps
     follow the few directions of large gradients. Small but telling ones, such as those of an
     object's shape beside the hues', are learnt early that way. For weights of two and more
-    dimensions (UnitLinear's biases too); AdamW has the rest. Steps are scaled to the usual size
+    dimensions; AdamW has the rest (train.py, make_optimizers). Steps are scaled to the usual size
     of AdamW's (Liu et al. 2025), so that one learning rate serves both.
 
     Paper: does not name its optimiser; the code that it builds on has AdamW, as the paper preset.

@@ -4,7 +4,8 @@ Where it sits: diffusion in pixels is slow, so the paper diffuses in the latent 
 autoencoder (latent diffusion, LDM, reference 51). It is trained first, alone, and then frozen. An
 encoder makes a small map of 3-vectors. A codebook of 2,048 such vectors replaces each by its
 nearest entry, which stops the decoder from relying on fine numerical detail. A decoder draws the
-image from the result. L1 keeps it faithful, a discriminator keeps it sharp.
+image from the result. L1 keeps it faithful, a discriminator keeps it sharp (the laptop preset has a
+squared error and no discriminator, for time).
 
 The diffusion model works on the encoder's output *before* quantisation: smooth numbers are what
 noise can be added to. Decoding quantises first: the decoder has only ever seen codes, and an error
@@ -285,10 +286,11 @@ class PatchDiscriminator(nn.Module):
 def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment):
     """Losses on images x float (B, 3, H, W) in [-1, 1] -> (the VQ-GAN's loss, a dict for the log).
 
-    kind: "l1", LDM's, or "mse", four times the squared error, which cares most for the few pixels
-    that are far off, those at edges. disc: a PatchDiscriminator, or None. The dict has 0-dim
-    tensors: psnr (dB), codes_used (the share since the last restart: collapse would show here),
-    and with a discriminator its own loss disc_loss, which trains it, and adversarial_weight.
+    kind: "l1", LDM's, or "mse", four times the squared error (about as large as L1 early on), which
+    cares most for the few pixels that are far off, those at edges. disc: a PatchDiscriminator, or
+    None. The dict has 0-dim tensors: psnr (dB), codes_used (the share since the last restart:
+    collapse would show here), and with a discriminator its own loss disc_loss, which trains it, and
+    adversarial_weight.
     """
     z_q, codebook_loss, commitment_loss = vqgan.codebook(vqgan.encoder(x))
     x_hat = vqgan.decoder(z_q)  # (B, 3, H, W)
@@ -313,10 +315,9 @@ def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment):
 def adversarial_weight(reconstruction, adversarial, vqgan):
     """How strong the adversarial loss must be to pull as hard as the reconstruction loss, 0-dim.
 
-    The ratio of their gradient norms at the decoder's last convolution (Esser et al. 2021): it is
-    the last layer that both losses train. Beyond it they part, before it both gradients take the
-    same way; so the two norms there say how hard each pulls, and one small layer is cheap. The
-    ratio keeps the pair balanced while their scales drift.
+    The ratio of their gradient norms at the decoder's last convolution (Esser et al. 2021): in all
+    layers before it both gradients pass the same weights, so this is where to compare how hard each
+    pulls, and one small layer is cheap. The ratio keeps them balanced while their scales drift.
     """
     last = vqgan.decoder[-2].weight
     wanted, = torch.autograd.grad(reconstruction, last, retain_graph=True)
