@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -13,7 +14,6 @@ import train
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
 PAGES = README + (ROOT / "assets/results/README.md").read_text()
-RUNS = sorted(ROOT.glob("assets/results/laptop-seed*/metrics.json"))
 
 
 def test_a_first_reader_needs_at_most_2200_words_and_every_local_link_and_picture_exists():
@@ -45,13 +45,16 @@ def test_line_counts_are_right_within_a_tenth_and_every_test_that_the_pages_name
     assert len(named) > 5 and named <= set(re.findall(r"^def (\w+)\(", tests, re.M))
 
 
-def test_scores_of_the_numbers_table_are_those_of_the_recorded_runs():
-    rows = dict(re.findall(r"\| ours, laptop preset, seed (\d) \|(.*)\|", README))
-    assert rows.keys() == {path.parent.name[-1] for path in RUNS} and rows
+@pytest.mark.parametrize("row, folders", [
+    ("ours, laptop preset", "laptop-seed*"), ("without DyGA, `--dyga.lam 0`", "lam0-seed*")])
+def test_the_numbers_table_has_mean_and_deviation_of_the_recorded_runs(row, folders):
     names = ["factorvae", "dci_disentanglement", "mig", "sap"]
     names += ["infomec_infom", "infomec_infoc", "infomec_infoe"]
-    for path in RUNS:
-        scores = json.loads(path.read_text())["scores"]
-        cells = [cell.strip() for cell in rows[path.parent.name[-1]].split("|")]
-        assert cells[:len(names)] == [
-            f"{scores[name]['value']:.3f}" if name in scores else "-" for name in names]
+    runs = [json.loads(path.read_text())["scores"]
+            for path in ROOT.glob(f"assets/results/{folders}/metrics.json")]
+    scores = np.array([[run[name]["value"] for name in names] for run in runs])  # (runs, scores)
+    found = re.search(rf"\| {row}, (\d) seeds \|(.*)\|", README)
+    assert int(found[1]) == len(runs) > 2
+    cells = [cell.strip() for cell in found[2].split("|")][:len(names)]
+    assert cells == [f"{mean:.3f} +- {deviation:.3f}"
+                     for mean, deviation in zip(scores.mean(0), scores.std(0, ddof=1))]
