@@ -171,8 +171,8 @@ def test_of_labels_no_image_is_drawn_twice_and_fewer_images_are_shared_in_propor
     (partial(score, "mig", perfect(), [1, 1]), "at least 1"),
     (partial(score, "factorvae", perfect(), GRID), "needs the sizes of a grid"),
     (partial(evaluate.tad, GRID, 2 * (GRID > 1) - 1), "than 0, 1"),
-    (partial(evaluate.check_flags, SimpleNamespace(only=["dci"]), SimpleNamespace(
-        name="celeba", is_grid=False, factor_names=["Bald", "Young"])),
+    (partial(evaluate.check_flags, SimpleNamespace(only=["dci"]), data.Dataset(
+        "celeba", "", "", None, dict(images=9, factors={"Bald": 2, "Old": 2}, labels=0), "cpu")),
      "dci: for celeba choose from tad, figures")])
 def test_nan_is_refused_by_unit_and_so_are_shapes_and_labels_that_a_score_cannot_use(ask, words):
     with pytest.raises((ValueError, data.UserError), match=words):
@@ -365,6 +365,13 @@ def test_images_that_form_no_grid_get_the_scores_that_their_labels_allow_or_the_
     assert len(found["nmi"]) == len(factors) and bool(found["scores"]) == bool(factors)
     assert ('"No scores: ' in (out / "index.html").read_text()) != bool(factors)
     assert possible in command("ckpt.pt", "--only", "mig")[1]
+
+
+def test_of_a_table_columns_of_one_value_or_of_a_value_for_each_image_are_left_out():
+    rng = np.random.default_rng(0)
+    labels, codes = rng.integers(0, 3, (90, 2)), rng.normal(size=(90, 3))
+    more = np.column_stack([labels[:, 0], np.zeros(90, int), np.arange(90), labels[:, 1]])
+    assert evaluate.infomec(codes.__getitem__, more) == evaluate.infomec(codes.__getitem__, labels)
 
 
 @pytest.mark.parametrize("arguments, words", [
