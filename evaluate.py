@@ -1,7 +1,7 @@
 """From a checkpoint to numbers, pictures and one page: the one stage that looks at true factors.
 
     python evaluate.py out/shapes3d-laptop/ckpt.pt            # everything, at the paper's counts
-    python evaluate.py out/shapes3d-laptop/ckpt.pt --quick    # a few minutes, at smaller counts
+    python evaluate.py out/shapes3d-laptop/ckpt.pt --quick    # a minute or two, at smaller counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
     python evaluate.py --codes codes.npz --dataset shapes3d   # codes of any model: scores alone
 
