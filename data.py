@@ -54,6 +54,7 @@ DATASETS = {
         images=202_599,
         factors={},  # 40 attributes, named in list_attr_celeba
         files=["img_align_celeba.zip", "img_align_celeba/img_align_celeba", "img_align_celeba"],
+        size=(178, 218),  # of every picture
         advice="get it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"),
     "folder": dict(  # your own pictures: see own_pictures()
         factors={},  # named in labels.csv, if there is one
@@ -69,8 +70,10 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     source, of shapes3d: "official" reads its file in data_dir, "rendered" draws the twin, "auto"
     draws the twin only where the file is missing.
     vary: "NAME,NAME", some of a grid's factors. The others are held at the middle of their values.
+    UserError: files that are missing, damaged, or cannot be read or converted; no such factors.
     """
-
+    if source == "rendered" and dataset != "shapes3d":
+        raise UserError(f"no rendered images of {dataset}, of shapes3d only; expected official")
     facts, folder = DATASETS[dataset], Path(data_dir)
     if dataset == "folder":
         facts = own_pictures(folder, facts)
@@ -130,13 +133,17 @@ class Dataset:
 
     def images(self, idx):
         """idx int64 (B,), on any device -> uint8 (B, 3, 64, 64). IndexError: no such image."""
+        self._check(idx)
+        return self._images(idx)
+
+    def _check(self, idx):
         # On the CPU only: to look at a GPU's, the CPU would have to wait for it at every batch.
         if idx.is_cpu and ((idx < 0) | (idx >= len(self))).any():
             raise IndexError(f"{self.name} has no image {idx}: expected 0 and below {len(self)}")
-        return self._images(idx)
 
     def factors(self, idx):
-        """idx int64 (B,) -> int64 (B, F), the value of every factor."""
+        """idx int64 (B,) -> int64 (B, F), the value of every factor. IndexError: no such image."""
+        self._check(idx)
         if self.is_grid:
             digits = torch.unravel_index(idx.to(self.device), self.factor_sizes)
             return torch.stack(digits, 1)  # (B, F)
@@ -147,7 +154,6 @@ class Dataset:
 
         ValueError: no such value.
         """
-
         if not self.is_grid:
             raise UserError(f"{self.name} is not a grid: no image can be looked up by its factors")
         idx = np.ravel_multi_index(tuple(factors.cpu().numpy().T), self.factor_sizes)  # (B,)
@@ -411,7 +417,6 @@ def sample_grid(ds):
 
     Where images are no grid: four rows of them, from all over the dataset.
     """
-
     rows, names = torch.arange(60).view(4, 15) * len(ds) // 60, []
     if ds.is_grid:
         names = ds.factor_names
@@ -494,6 +499,7 @@ def read_pictures(path, facts):
     for name in facts["names"]:
         with readable(path / name, facts["advice"]), (path / name).open("rb") as file:
             photo = Image.open(file)
+            expect("size", photo.size, facts.get("size", photo.size))
             if photo.mode[0] in "IF":  # Pillow would make all of it white
                 raise ValueError(f"more than 8 bits a pixel (mode {photo.mode}), expected 8")
             photo = ImageOps.exif_transpose(photo).convert("RGBA")
@@ -556,6 +562,7 @@ def stored(npy, facts, device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file."""
     with readable(npy, "remove it and run this again"):
         array = np.load(npy, mmap_mode="c")  # "c": on disk, and PyTorch may think it can write
+        expect("images", (*array.shape, str(array.dtype)), (facts["images"], *SHAPE, "uint8"))
     pixels = torch.from_numpy(array)  # (images, 64, 64, 3)
     return lambda idx: pixels[idx.cpu()].to(device).permute(0, 3, 1, 2).contiguous()
 
@@ -586,6 +593,8 @@ def read_cars3d(path, facts):
                 expect("im", im.shape, (128, 128, 3, azimuths, elevations))
                 views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)
                 cars[entry.name] = [shrink(Image.fromarray(view)) for view in views]
+        while archive.fileobj.read(1 << 20):
+            pass  # to the very end: there gzip compares its checksum
     # Row-major in (elevation, azimuth, object type): the car changes fastest.
     for views in zip(*[cars[name] for name in sorted(cars)]):
         yield from views
@@ -595,10 +604,12 @@ def read_mpi3d_toy(path, facts):
     """mpi3d_toy.npz: a zip archive with images.npy, uint8 (1036800, 64, 64, 3), 12 GB."""
     with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         np.lib.format.read_magic(file)  # the first 8 bytes
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        expect("Fortran order", fortran_order, False)
         for _ in range(shape[0]):
             image = np.frombuffer(file.read(math.prod(shape[1:]) * dtype.itemsize), dtype)
             yield image.reshape(shape[1:])
+        expect("bytes after the last image", len(file.read(1)), 0)  # makes zip check its checksum
 
 
 READERS = {"shapes3d": read_shapes3d, "cars3d": read_cars3d, "mpi3d_toy": read_mpi3d_toy,

@@ -420,12 +420,12 @@ def informative_units(s, most, bins=20):
 
     Training often spreads one hue over three units, each a smooth and folded reading of the
     colour, as nothing asks for fewer. So units are chosen one by one (forward selection): each time
-    the one that, with those chosen before, explains most of the variance of all scalars (they are
-    not standardised: a unit of large scalars counts more). A unit is
-    redundant, and no candidate any more, once some function of its scalar correlates by more than
-    `most` with a sum of functions of the chosen ones' (the largest canonical correlation). Why
-    functions: the cosine of a hue's angle does not correlate with its sine, but their squares do.
-    They are step functions, with as many images in each of their `bins` steps.
+    the one that, with those chosen before, explains most of the variance of all scalars (not
+    standardised: large ones count more). A unit is redundant, and no candidate any more, once some
+    function of its scalar correlates by more than `most` with a sum of functions of the chosen
+    ones' (the largest canonical correlation). Why functions: the cosine of a hue's angle does not
+    correlate with its sine, but their squares do. They are step functions, with as many images in
+    each of their `bins` steps.
     """
     n = len(s)
     candidates = (s.std(0) > 1e-4).nonzero().flatten().tolist()  # not: constant units

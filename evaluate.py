@@ -184,7 +184,7 @@ class Sampler:
     def codes(self, idx):
         """Codes float64 (n, U) of idx int64 (n,)."""
         codes = np.asarray(self.encode(idx), dtype=np.float64)
-        if codes.ndim != 2 or codes.shape[1] < self.least_units:
+        if codes.ndim != 2 or len(codes) != len(idx) or codes.shape[1] < self.least_units:
             raise ValueError(f"encode gave shape {codes.shape} for {len(idx)} indices; "
                              f"expected ({len(idx)}, U), U at least {self.least_units}")
         return finite(codes)
@@ -830,6 +830,15 @@ def open_codes(args):
     return ds, codes.__getitem__
 
 
+def write(path, content):
+    """A text or a PIL.Image as a file."""
+    with data.replacing(path) as temporary:
+        if isinstance(content, str):
+            temporary.write_text(content, "utf-8")
+        else:
+            content.save(temporary)
+
+
 def main():
     """Check all that can be wrong, then score, draw, and write the report."""
     args = build_parser().parse_args()
@@ -885,7 +894,7 @@ def main():
         "anchors": separation(model.dyga, probe) if model else {},
         "factors": ds.factor_names, "nmi": probe.nmi.tolist(),
         "units": probe.labels()}
-    (out / "metrics.json").write_text(json.dumps(report, indent=1))
+    write(out / "metrics.json", json.dumps(report, indent=1))
     for name, row in scores.items():
         value = "undefined" if row["value"] is None else f"{row['value']:.3f}"
         paper = report["paper"].get(name, "-")
@@ -901,10 +910,10 @@ def main():
         steps = min(config["ddim_steps"], 20) if args.quick else config["ddim_steps"]
         pictures, slider = Painter(model, ds, probe, steps, args.seed).draw(args.quick)
     for name, picture in pictures.items():
-        picture.save(out / f"{name}.png")
+        write(out / f"{name}.png", picture)
     log = source.parent / "log.jsonl"
     log = log.read_text() if model and log.is_file() else ""
-    (out / "index.html").write_text(page(report, config, pictures, log, slider), "utf-8")
+    write(out / "index.html", page(report, config, pictures, log, slider))
     print(f"wrote {out}: metrics.json, {len(pictures)} figures, index.html (open it in a browser)")
 
 

@@ -134,12 +134,20 @@ def test_the_factors_of_shapes3d_are_in_the_official_order(twin):
 
 
 @pytest.mark.parametrize("bad", [-1, 480_000])
-def test_an_index_out_of_range_is_an_index_error(twin, bad):
-    with pytest.raises(IndexError, match="below 480000"):
-        twin.images(torch.tensor([0, bad]))
+def test_an_index_or_a_value_out_of_range_is_an_error(twin, bad):
+    for ask in twin.images, twin.factors:
+        with pytest.raises(IndexError, match="below 480000"):
+            ask(torch.tensor([0, bad]))
+    with pytest.raises(ValueError):
+        twin.index(torch.tensor([[0, 0, 0, 0, bad, 0]]))
 
 
 # ---- load() and the helpers ----------------------------------------------------------------------
+
+
+def test_only_shapes3d_has_a_rendered_twin():
+    with pytest.raises(data.UserError, match="no rendered images of cars3d"):
+        data.load("cars3d", source="rendered")
 
 
 @pytest.mark.parametrize("folder", [".", "no such folder"])

@@ -90,11 +90,12 @@ def write_mpi3d_toy(folder, save=np.savez, images="images", dtype=np.uint8, shap
             archive.writestr("images.npy", member[:-short])
 
 
-def write_celeba(folder, n=64, inside="img_align_celeba/", names="Bald Smiling Old", unpack=None):
+def write_celeba(folder, n=64, inside="img_align_celeba/", names="Bald Smiling Old", unpack=None,
+                 height=218):
     """The .zip, or the folder `unpack`, and the list: attributes are bits of a face's number."""
     rows = []
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
-        for i, picture in enumerate(pictures(n, 218, 178)):
+        for i, picture in enumerate(pictures(n, height, 178)):
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "JPEG")
             archive.writestr(f"{inside}{i + 1:06}.jpg", file.getvalue())
@@ -215,6 +216,7 @@ def wrong(name, **how):
     ("shapes3d", lambda folder: (folder / "3dshapes.h5").write_text("404 not found"), "signature"),
     ("shapes3d", lambda folder: (folder / "shapes3d-64x64.npy").write_text("half"),
      "shapes3d-64x64.npy: .*remove it and run this again"),
+    ("shapes3d", lambda folder: np.save(folder / "shapes3d-64x64.npy", np.zeros(5)), "float64"),
     ("shapes3d", cut("shapes3d"), "truncated"),
     ("shapes3d", wrong("shapes3d", images="pictures"), "images"),
     ("shapes3d", wrong("shapes3d", labels="factors"), "labels"),
@@ -238,6 +240,7 @@ def wrong(name, **how):
     ("celeba", without("img_align_celeba/000002.jpg", unpack=""), "000002.jpg"),
     ("celeba", without("list_attr_celeba.txt"), "list_attr_celeba.txt: .*No such file"),
     ("celeba", wrong("celeba", n=63), "found 63, expected 64"),
+    ("celeba", wrong("celeba", height=200), r"jpg: .*size: found \(178, 200\)"),
     ("celeba", wrong("celeba", names="Bald Smiling"), "in a row.*found .3., expected .2."),
 ])
 def test_a_wrong_file_is_told_leaves_nothing_and_the_right_one_then_works(
