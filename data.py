@@ -72,8 +72,10 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     vary: "NAME,NAME", some of a grid's factors. The others are held at the middle of their values.
     UserError: files that are missing, damaged, or cannot be read or converted; no such factors.
     """
-    if source == "rendered" and dataset != "shapes3d":
-        raise UserError(f"no rendered images of {dataset}, of shapes3d only; expected official")
+    known = dataset in DATASETS and source in ("auto", "official")
+    if not known and (dataset, source) != ("shapes3d", "rendered"):
+        raise UserError(f"no {source} images of {dataset}: choose {', '.join(DATASETS)}, and auto "
+                        "or official images (or rendered, of shapes3d only)")
     facts, folder = DATASETS[dataset], Path(data_dir)
     if dataset == "folder":
         facts = own_pictures(folder, facts)
@@ -454,15 +456,17 @@ def own_pictures(folder, facts):
     names, rows, table = [], [[path.name] for path in files], folder / "labels.csv"
     with readable(folder, facts["advice"]):
         if table.exists():
-            files.append(table)
             lines = table.read_text("utf-8-sig").splitlines()  # sig: a mark of Windows
             header, *rows = filter(None, csv.reader(lines))  # but empty lines
             names = header[1:]
+            strangers = {name for name, *_ in rows} - {path.name for path in files}
+            expect("names of no picture", sorted(strangers)[:3], [])
+            files.append(table)
         if len(rows) < 2:
             raise ValueError(f"found {len(rows)} pictures, expected 2 or more")
         facts = facts | table_facts(names, rows)
     # When a file comes, goes or changes, so does this part of the .npy file's name.
-    stamp = repr([(path.name, path.stat().st_mtime_ns) for path in files])
+    stamp = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     return facts | dict(stamp=f"-{zlib.crc32(stamp.encode()):08x}")
 
 
@@ -498,7 +502,7 @@ def read_pictures(path, facts):
         path = zipfile.Path(path, "img_align_celeba/")
     for name in facts["names"]:
         with readable(path / name, facts["advice"]), (path / name).open("rb") as file:
-            photo = Image.open(file)
+            photo = Image.open(file, formats=["JPEG", "PNG"])
             expect("size", photo.size, facts.get("size", photo.size))
             if photo.mode[0] in "IF":  # Pillow would make all of it white
                 raise ValueError(f"more than 8 bits a pixel (mode {photo.mode}), expected 8")

@@ -441,6 +441,9 @@ def informative_units(s, most, bins=20):
         return y.T @ x @ torch.linalg.solve(gram, x.T @ y)
 
     def redundant(u):
+        # The step functions of u are uncorrelated, each of variance 1 / bins (but for their sum,
+        # which is constant). So the explained part of their covariance, times bins, has the
+        # squares of the canonical correlations as its eigenvalues.
         squares = torch.linalg.eigvalsh(explained(onehot[:, u], chosen) * bins / n)  # (bins,)
         return squares[-1] > most ** 2  # the largest
 

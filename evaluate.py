@@ -44,6 +44,7 @@ from unet import ddim
 
 BATCH = 500  # images that go through the extractor at once
 ACTIVE = 0.05  # FactorVAE's rule: a unit of smaller standard deviation is silent
+TEMPLATE = Path(__file__).parent / "assets" / "page.html"
 
 
 def progress(work, words, total=None):
@@ -306,12 +307,15 @@ def mutual_information(codes, factors, bins=20):
 
     U, K = codes.shape[1], factors.shape[1]
     mi, h = np.zeros((U, K)), np.zeros(K)
-    for u, k in np.ndindex(U, K):
-        edges = np.histogram(codes[:, u], bins)[1]  # of equal widths, from least to largest value
+    for u in range(U):
+        # Bins of equal widths from the least to the largest value. Only their left edges count, or
+        # the largest value would get a bin of its own.
+        edges = np.histogram(codes[:, u], bins)[1]
         labels = np.digitize(codes[:, u], edges[:-1])  # (n,), 1 to bins
-        joint = contingency_matrix(labels, factors[:, k]) / len(codes)  # (bins in use, values)
-        h[k] = entropy(joint.sum(0))  # the same for every unit
-        mi[u, k] = entropy(joint.sum(1)) + h[k] - entropy(joint)  # H(u) + H(k) - H(u, k)
+        for k in range(K):
+            joint = contingency_matrix(labels, factors[:, k]) / len(codes)  # (bins in use, values)
+            h[k] = entropy(joint.sum(0))  # the same for every unit
+            mi[u, k] = entropy(joint.sum(1)) + h[k] - entropy(joint)  # H(u) + H(k) - H(u, k)
     return np.where(mi > 1e-12, mi, 0), h  # no information may come out as +-1e-16
 
 
@@ -387,8 +391,9 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     informative = nmi[:, nmi.sum(0) > 0]  # (K, units that know something)
     share = informative.max(0) / informative.sum(0)  # (units that know something,)
     infom = ((share - 1 / K) / (1 - 1 / K)).sum() / max(A, 1)
-    if len(share) < A:
-        warnings.warn(f"InfoM: {A - len(share)} of {A} active units know nothing, and count as 0")
+    if A == 0 or len(share) < A:
+        warnings.warn(f"InfoM: {A} active units, {A - len(share)} of them without information, "
+                      "which count as 0")
     # The same from the factor's side: its best unit's share, 0 if no unit knows it.
     share = nmi.max(1, initial=0) / (nmi.sum(1) + 1e-6)  # (K,)
     infoc = (share.mean() - 1 / A) / (1 - 1 / A) if A > 1 else math.nan
@@ -429,12 +434,13 @@ def tad(codes, attributes, step=0.1):
     codes: (n, U); attributes: (n, A) of 0 and 1. An attribute is captured if a unit predicts it
     (AUROC at least 0.75) and no other attribute gives it away (mutual information at most 0.2 of
     its own entropy). Returns dict: tad, the sum over captured attributes of best minus second best
-    unit's AUROC; captured, how many."""
+    unit's AUROC; captured, how many. ValueError: NaN, one unit, other labels than 0 and 1."""
 
     codes = finite(np.asarray(codes, dtype=np.float64))
     attributes = np.asarray(attributes)
-    if not np.isin(attributes, (0, 1)).all():
-        raise ValueError("attributes hold other numbers than 0, 1")
+    if codes.shape[1] < 2 or not np.isin(attributes, (0, 1)).all():
+        raise ValueError(f"codes {codes.shape}, attributes {attributes.shape}: expected (n, U), U "
+                         "at least 2, and (n, A) of 0, 1")
     shared, own = mutual_information(attributes, attributes)  # (A, A), (A,)
     np.fill_diagonal(shared, 0)  # an attribute may give itself away
     clean = (shared.max(1) <= 0.2 * own) & (own > 0)  # (A,); own is 0 if all have it, or none
@@ -468,6 +474,7 @@ def separation(dyga, probe):
             is_own = F.one_hot(own, distance.shape[1]).bool()  # (n, K)
             to_own = distance[is_own]  # (n,)
             to_other = distance.masked_fill(is_own | ~dyga.mask[u], math.inf).amin(1)  # (n,)
+            to_other = to_other.clamp(min=1e-12)  # two anchors may be in one place
             # 0 for a sample nearer to another anchor than to its own, whose Gaussian is wider.
             margin = (1 - to_own / to_other).clamp(min=0).mean().item()
             values = probe.factors[:, probe.favourite[u]]  # (n,)
@@ -771,8 +778,7 @@ def page(report, config, pictures, log, slider):
     content = json.dumps({"report": report, "notes": remarks(report), "figures": figures,
                           "player": slider, "log": log, "config": config})
     content = content.replace("<", "\\u003c")  # or a user's name could end the script
-    template = Path(__file__).parent / "assets/page.html"
-    return template.read_text("utf-8").replace("$page", content)
+    return TEMPLATE.read_text("utf-8").replace("$page", content)
 
 
 def build_parser():
@@ -844,6 +850,7 @@ def main():
     args = build_parser().parse_args()
     if bool(args.checkpoint) == bool(args.codes) or bool(args.codes) != bool(args.dataset):
         raise UserError("expected a checkpoint of train.py, or --codes FILE.npz --dataset NAME")
+    TEMPLATE.stat()  # the page to fill in: if it is missing, say so before all scoring
     device = train.pick_device(args.device)  # "auto" prefers a GPU
     model, config, ckpt = None, {}, {}
     if args.codes:

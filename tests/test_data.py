@@ -145,9 +145,10 @@ def test_an_index_or_a_value_out_of_range_is_an_error(twin, bad):
 # ---- load() and the helpers ----------------------------------------------------------------------
 
 
-def test_only_shapes3d_has_a_rendered_twin():
-    with pytest.raises(data.UserError, match="no rendered images of cars3d"):
-        data.load("cars3d", source="rendered")
+def test_unknown_names_are_refused():
+    for names in ("shapes4d",), ("shapes3d", "data", "web"), ("cars3d", "data", "rendered"):
+        with pytest.raises(data.UserError, match="choose"):
+            data.load(*names)
 
 
 @pytest.mark.parametrize("folder", [".", "no such folder"])
@@ -291,7 +292,7 @@ def save_deep(folder):
     ("file,size\n0.JPG,big\n1.png,2\n", "'big'"),
     (f"file,size\n0.JPG,{2**64}\n1.png,2\n", "Overflow"),
     ("file,size\n0.JPG,1\n0.JPG,2\n", "different pictures: found 1, expected 2"),
-    ("file,size\n9.png,1\n0.JPG,2\n", "9.png: .*No such file"),
+    ("file,size\n9.png,1\n0.JPG,2\n", r"names of no picture: found \[.9.png.\]"),
     (save_deep, "3.png: .*more than 8 bits a pixel"),
     (lambda folder: (folder / "2.JPG").write_bytes(b"no picture"), "2.JPG: .*cannot identify"),
     (lambda folder: [path.unlink() for path in folder.iterdir()], "found 0 pictures")])

@@ -64,7 +64,7 @@ def noise(seed=0, units=3):
       for metric, words, score in (("factorvae", "no active unit", 0),
                                    ("modularity_active", "undefined", np.nan))),
     ("infomec", np.hstack([perfect(0), np.zeros((60, 2))]), "for 1 active", [1, np.nan], 0.1),
-    ("infomec", np.ones((60, 3)), "for 0 active", [0, np.nan], 0)])
+    ("infomec", np.ones((60, 3)), "InfoM: 0 active units", [0, np.nan], 0)])
 def test_too_few_active_units_give_zero_or_nan_and_a_reason(metric, codes, words, expected, within):
     with pytest.warns(UserWarning, match=words):
         found = score(metric, codes)
@@ -170,7 +170,8 @@ def test_of_labels_no_image_is_drawn_twice_and_fewer_images_are_shared_in_propor
     (partial(score, "mig", perfect(0)), "at least 2"),
     (partial(score, "mig", perfect(), [1, 1]), "at least 1"),
     (partial(score, "factorvae", perfect(), GRID), "needs the sizes of a grid"),
-    (partial(evaluate.tad, GRID, 2 * (GRID > 1) - 1), "than 0, 1"),
+    (partial(evaluate.tad, GRID, 2 * (GRID > 1) - 1), "of 0, 1"),
+    (partial(evaluate.tad, GRID[:, :1], GRID > 1), "U at least 2"),
     (partial(evaluate.check_flags, SimpleNamespace(only=["dci"]), data.Dataset(
         "celeba", "", "", None, dict(images=9, factors={"Bald": 2, "Old": 2}, labels=0), "cpu")),
      "dci: for celeba choose from tad, figures")])
@@ -378,8 +379,12 @@ def test_of_a_table_columns_of_one_value_or_of_a_value_for_each_image_are_left_o
     *((["ckpt.pt", "--seed", seed], "--seed") for seed in ("nan", "inf", "-1", "1e99", 10**30)),
     (["ckpt.pt", "--only", "mig,magic"], "magic: for shapes3d"),
     (["ckpt.pt", "--only", "tad"], "choose from factorvae"), ([], "expected a checkpoint"),
-    (["ckpt.pt", "--codes", "a.npz"], "expected a checkpoint"), (["none.pt"], "o such file")])
-def test_a_wrong_flag_or_missing_file_is_one_line_and_writes_nothing(command, arguments, words):
+    (["ckpt.pt", "--codes", "a.npz"], "expected a checkpoint"), (["none.pt"], "o such file"),
+    (["ckpt.pt"], "lost/page.html")])
+def test_a_wrong_flag_or_missing_file_is_one_line_and_writes_nothing(
+        command, arguments, words, monkeypatch):
+    if "lost" in words:
+        monkeypatch.setattr(evaluate, "TEMPLATE", Path(words))
     code, said, out = command(*arguments)
     assert code == 2 and said.count("\n") == 1 and words in said and not out.exists()
 
