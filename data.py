@@ -1,18 +1,17 @@
 """Images with known factors: four datasets, a rendered twin of Shapes3D, and your own pictures.
 
-The twin draws the same room, objects and colours, for the same 480,000 combinations of factors in
-the same order, without a download. It has no textures: its scores are not Shapes3D's.
-
+The twin has the room, objects, colours and factors of Shapes3D, in the same order, and needs no
+download. It has no textures: its scores are not Shapes3D's.
 `load("shapes3d")` returns a Dataset: ask it for images by index, and for an index's factors.
 `python data.py --dataset shapes3d` prints what was found, and draws out/data-shapes3d.png: a grid
 with a row per factor in which only that one changes.
 """
 
 import argparse
-import colorsys
 import contextlib
 import csv
 import functools
+import itertools
 import math
 import os
 import sys
@@ -23,74 +22,80 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 SIZE = 64  # every image is 64 x 64 pixels
+SHAPE = (SIZE, SIZE, 3)  # in files
+UINT8 = np.dtype("uint8")
 
-# Facts of each dataset. images: how many; factors: {name: number of values}, in the order of the
-# official files. The first of `files` that is found under --data_dir is read: the archive as
-# published, or what it unpacks to; advice: what to do if none is. Tables of pictures add names, of
-# their files in order, and labels int64 (images, F) unless they form a grid.
+# Facts of each dataset. images: how many; factors: {name: number of values}, in the official order.
+# The first of `files` found under --data_dir is read: an archive as published, or what it unpacks
+# to; advice: what to do if none is. Pictures add names, of their files in order, and labels int64
+# (images, F) unless they form a grid.
 DATASETS = {
     "shapes3d": dict(
         images=480_000,
-        factors={"floor hue": 10, "wall hue": 10, "object hue": 10,
-                 "scale": 8, "shape": 4, "orientation": 15},
         files=["3dshapes.h5"],
+        factors={"floor hue": 10, "wall hue": 10, "object hue": 10, "scale": 8, "shape": 4,
+                 "orientation": 15},
         advice="get it from https://github.com/google-deepmind/3d-shapes"),
     "cars3d": dict(
         images=17_568,
-        factors={"elevation": 4, "azimuth": 24, "object type": 183},
         files=["nips2015-analogy-data.tar.gz"],
+        factors={"elevation": 4, "azimuth": 24, "object type": 183},
         advice="get it from http://www.scottreed.info/files/nips2015-analogy-data.tar.gz"),
     "mpi3d_toy": dict(
         images=1_036_800,
+        files=["mpi3d_toy.npz"],
         factors={"object colour": 6, "object shape": 6, "object size": 2, "camera height": 3,
                  "background colour": 3, "first DOF": 40, "second DOF": 40},
-        files=["mpi3d_toy.npz"],
         advice="get it from https://github.com/rr-learning/disentanglement_dataset"),
     "celeba": dict(
         images=202_599,
-        factors={},  # 40 attributes, named in list_attr_celeba
-        files=["img_align_celeba.zip", "img_align_celeba/img_align_celeba", "img_align_celeba"],
         size=(178, 218),  # of every picture
+        files=["img_align_celeba.zip", "img_align_celeba/img_align_celeba", "img_align_celeba"],
+        factors={},  # 40 attributes, named in list_attr_celeba
         advice="get it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"),
     "folder": dict(  # your own pictures: see own_pictures()
-        factors={},  # named in labels.csv, if there is one
         files=["."],
+        factors={},  # named in labels.csv, if there is one
         advice="put PNG or JPEG files there; labels.csv has a header, file,NAME,NAME,..., and "
                "below it a row for each picture: its name, then whole numbers"),
 }
 
 
 def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
-    """Open a Dataset.
+    """Open a Dataset. UserError: files missing, damaged or impossible to convert; no such factors.
 
     source, of shapes3d: "official" reads its file in data_dir, "rendered" draws the twin, "auto"
     draws the twin only where the file is missing.
     vary: "NAME,NAME", some of a grid's factors. The others are held at the middle of their values.
-    UserError: files that are missing, damaged, or cannot be read or converted; no such factors.
     """
     known = dataset in DATASETS and source in ("auto", "official")
     if not known and (dataset, source) != ("shapes3d", "rendered"):
         raise UserError(f"no {source} images of {dataset}: choose {', '.join(DATASETS)}, and auto "
                         "or official images (or rendered, of shapes3d only)")
-    facts, folder = DATASETS[dataset], Path(data_dir)
+    facts = DATASETS[dataset]
+    folder = Path(data_dir)
     if dataset == "folder":
         facts = own_pictures(folder, facts)
     npy = folder / f"{dataset}-64x64{facts.get('stamp', '')}.npy"
     # Once the .npy file is made, the official one may go (but not CelebA's table, nor pictures).
     paths = [npy, *(folder / file for file in facts["files"])]
-    found = [path for path in paths if path.exists()]
-    if dataset == "shapes3d" and source != "official" and (source == "rendered" or not found):
+    found = next(filter(Path.exists, paths), None)
+    if source == "rendered" or (dataset, source, found) == ("shapes3d", "auto", None):
         source, images = "rendered", rendered(device)
         note = f"not {paths[1]} but the rendered twin of Shapes3D: its scores are not Shapes3D's"
     elif found:
         if dataset == "celeba":
-            facts = celeba_facts(folder, facts)
-        if found[0] != npy:
-            convert(dataset, found[0], npy, facts)
+            table = folder / "list_attr_celeba.txt"  # a number, names, and a row for each picture
+            with readable(table, facts["advice"]):
+                _, names, *rows = map(str.split, table.read_text("utf-8").splitlines())
+                expect("rows", len(rows), facts["images"])
+                facts = table_facts(names, rows, facts)
+        if found != npy:
+            convert(dataset, found, npy, facts)
         source, images = "official", stored(npy, facts, device)
         note = f"images from {npy}"
     else:
@@ -107,7 +112,7 @@ def hold_others(vary, images, facts, device):
     if "labels" in facts or set(vary) - set(sizes):
         raise UserError(f"cannot vary {vary}: expected factors of a grid, found {list(sizes)}")
     held = [range(size) if name in vary else [size // 2] for name, size in sizes.items()]
-    kept = torch.arange(facts["images"]).view(*sizes.values())[np.ix_(*held)]  # an axis per factor
+    kept = torch.arange(facts["images"]).view(*sizes.values())[np.ix_(*held)]
     kept = kept.flatten().to(device)
     factors = {name: sizes[name] for name in sizes if name in vary}
     return lambda idx: images(kept[idx.to(device)]), dict(images=len(kept), factors=factors)
@@ -116,15 +121,14 @@ def hold_others(vary, images, facts, device):
 class Dataset:
     """Images by index, and the factors that an index stands for; every answer lies on `device`.
 
-    source is "rendered", "official" or, in evaluate.py, "codes"; source_note says in one line where
-    the images come from.
-    factor_names are F texts, factor_sizes F whole numbers, len() counts the images.
-    is_grid: there is one image of each combination of factors, in row-major order, so the factors
-    are the digits of the index and the last one changes fastest. CelebA is no grid: a table.
+    source: "rendered", "official" or, in evaluate.py, "codes"; source_note: where images come from.
+    factor_names: F texts; factor_sizes: F whole numbers; len() counts the images.
+    is_grid: one image of each combination of factors, in row-major order, so the factors are the
+    digits of the index and the last one changes fastest. CelebA is no grid: a table.
     """
-
     def __init__(self, name, source, source_note, images, facts, device):
-        self.name, self.source, self.source_note, self.device = name, source, source_note, device
+        self.name, self.device = name, device
+        self.source, self.source_note = source, source_note
         self.factor_names = list(facts["factors"])
         self.factor_sizes = list(facts["factors"].values())
         self.is_grid = "labels" not in facts
@@ -149,13 +153,10 @@ class Dataset:
         if self.is_grid:
             digits = torch.unravel_index(idx.to(self.device), self.factor_sizes)
             return torch.stack(digits, 1)  # (B, F)
-        return self._facts["labels"][idx.cpu()].to(self.device)  # (B, F)
+        return self._facts["labels"][idx.cpu()].to(self.device)
 
     def index(self, factors):
-        """factors int64 (B, F) -> idx int64 (B,), the inverse of factors(). UserError: no grid.
-
-        ValueError: no such value.
-        """
+        """factors int64 (B, F) -> idx int64 (B,). UserError: no grid. ValueError: no such value."""
         if not self.is_grid:
             raise UserError(f"{self.name} is not a grid: no image can be looked up by its factors")
         idx = np.ravel_multi_index(tuple(factors.cpu().numpy().T), self.factor_sizes)  # (B,)
@@ -163,32 +164,29 @@ class Dataset:
 
 
 # ---- The rendered twin of Shapes3D --------------------------------------------------------------
-# A room with a coloured floor and walls, one coloured object, and a camera that circles the object.
-# Scale, shape and orientation decide what is seen where (8 * 4 * 15 = 480 cases); the three hues
-# only paint it. And light is linear: twice the colour gives twice the pixel. So each case is drawn
-# ONCE, as five weight maps that say how much of the floor colour, wall colour, object colour, sky
-# colour and white reaches each pixel; an image is the sum of five maps times five colours.
-#
+# A room, an object in it, and a camera that circles the object. Scale, shape and orientation decide
+# what is seen where (8 * 4 * 15 = 480 cases); the three hues only paint it. And light is linear. So
+# each case is drawn ONCE, as five weight maps: how much of the floor's, wall's, object's and sky's
+# colour and of white reaches each pixel. An image is the sum of five maps times five colours.
 # Points and directions are tensors (3, n), or (3, 1) for a single one: x right, y away from the
 # camera at orientation 7, z up, floor at z = 0, object on the z axis, camera 2.5 from that axis.
-# The numbers were fitted to frames of the original. Its faint patterns on floor and walls are left
-# out; they change a pixel by about 1 of 255 levels.
+# The numbers were fitted to the original's frames, less faint patterns of about 1 of 255 levels.
 
 
 def vector(x, y, z):
     """Three numbers as a column, float32 (3, 1)."""
-    return torch.tensor([x, y, z], dtype=torch.float32)[:, None]  # (3, 1)
+    return torch.tensor([[x], [y], [z]]).float()
 
 
 FLOOR, WALL, OBJECT, SKY, WHITE = range(5)  # the weight maps
 HUES = 10  # rows 0 to 9 of the palette; then sky and white
-PALETTE = [colorsys.hsv_to_rgb(k / HUES, 1, 1) for k in range(HUES)]
-PALETTE = (torch.tensor([*PALETTE, (0.6, 226 / 255, 249 / 255), (1, 1, 1)]) * 255).round()
+PALETTE = [ImageColor.getrgb(f"hsv({36 * k}, 100%, 100%)") for k in range(HUES)]
+PALETTE = torch.tensor([*PALETTE, (153, 226, 249), (255, 255, 255)]).float()
 SIDE = 3 * SIZE  # drawn at 192 x 192, then shrunk
 FOCAL = SIZE / 2 / math.tan(math.radians(25))  # in pixels: a field of view of 50 degrees
 WALL_AT = 3.5  # walls at x = +-3.5 and y = 3.5
-UP, LIGHT = vector(0, 0, 1), vector(-1.5, 0.5, 7.5)  # a spot light that points straight down
-HIGHLIGHT_FROM = vector(-0.255, 0.168, 0.952)
+UP = vector(0, 0, 1)
+LIGHT = vector(-1.5, 0.5, 7.5)  # a spot light that points straight down
 # At scale 1: radius (cube: half a side), half-height of the straight part, half-height in all.
 SHAPES = {"cube": (0.350, 0.350, 0.350), "cylinder": (0.3735, 0.375, 0.375),
           "sphere": (0.4236, 0.0, 0.4236), "capsule": (0.3228, 0.3267, 0.6495)}
@@ -217,34 +215,29 @@ def weight_maps():
     # On the CPU, where a sample on an edge always falls on the same side.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more only wait for each other on arrays this small
-    # The Lanczos filter (3 lobes) shrinks one side of a picture. d, in output pixels: how far each
-    # sample is from each output pixel, whose middle is sample 3 i + 1.
-    d = (torch.arange(SIDE) - (3 * torch.arange(SIZE)[:, None] + 1)) / 3  # (64, 192)
-    shrink = torch.where(d.abs() < 3, torch.sinc(d) * torch.sinc(d / 3), 0.0)
-    shrink = shrink / shrink.sum(1, keepdim=True)
-    maps = torch.zeros(8, len(SHAPES), 15, 5, SIZE, SIZE)
-    for orientation in range(15):
-        view = camera(orientation)
-        room, points = draw_room(*view)  # shared by the 32 objects that may stand in it
-        for scale in range(8):
-            for k, shape in enumerate(SHAPES):
-                picture = draw_object(room, points, *view, shape, 0.75 + 0.5 * scale / 7)
-                picture = picture.view(5, SIDE, SIDE)
-                maps[scale, k, orientation] = shrink @ picture @ shrink.T  # (5, 64, 64)
+    # The Lanczos filter (3 lobes) shrinks one side of a picture. d: from each output pixel, whose
+    # middle is sample 3 i + 1, to each sample, in output pixels.
+    d = (torch.arange(-1, SIDE - 1) - 3 * torch.arange(SIZE)[:, None]) / 3  # (64, 192)
+    lanczos = torch.sinc(d) * torch.sinc(d / 3) * (d.abs() < 3)
+    lanczos /= lanczos.sum(1, keepdim=True)
+    rooms = [(*draw_room(*view), *view) for view in map(camera, range(15))]
+    maps = []
+    for scale, shape, room in itertools.product(range(8), SHAPES, rooms):
+        picture = draw_object(*room, shape, 0.75 + 0.5 * scale / 7).view(5, SIDE, SIDE)
+        maps.append((lanczos @ picture @ lanczos.T).half())  # (5, 64, 64)
     torch.set_num_threads(threads)
-    return maps.view(-1, 5, SIZE * SIZE).half()  # (480, 5, 4096)
+    return torch.stack(maps).flatten(2)  # (480, 5, 4096)
 
 
 def camera(orientation):
-    """Camera at orientation 0..14 (-30 to 30 degrees): eye (3, 1), forward (3, 1), rays (3, n)."""
-    # Each of the n = 192 * 192 samples has a ray: it sees a point eye + depth * ray.
+    """Orientation 0..14 (-30 to 30 degrees) -> eye (3, 1), forward (3, 1), rays (3, n = 192**2)."""
     t = (orientation - 7) / 7 * math.radians(30)
     sin, cos = math.sin(t), math.cos(t)
     eye = vector(2.5 * sin, -2.5 * cos, 0.75)
     forward, right = vector(-sin, cos, 0), vector(cos, sin, 0)
     offset = (torch.arange(SIDE) + 0.5 - SIDE / 2) / 3 / FOCAL  # (192,) of the samples' centres
-    v, u = torch.meshgrid(offset, offset, indexing="ij")  # (192, 192): down, and to the right
-    return eye, forward, forward + u.flatten() * right - v.flatten() * UP
+    v, u = torch.cartesian_prod(offset, offset).T  # (n,) each: down, and to the right
+    return eye, forward, forward + u * right - v * UP  # a sample sees a point eye + depth * ray
 
 
 def shade(ambient, points, normals, forward):
@@ -257,8 +250,6 @@ def shade(ambient, points, normals, forward):
 
 # A ray start + depth * ray is in a convex solid for ONE interval of depths, (near, far). To cut two
 # solids is to cut their intervals. So all four shapes are made of boxes and balls.
-
-
 def box(start, ray, half):
     """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
     a, b = (-half - start) / ray, (half - start) / ray
@@ -273,23 +264,18 @@ def ball(start, ray, radius):
     return (-b - root) / a, (-b + root) / a
 
 
-def entry(near, far):
-    """The depth at which an interval begins, inf if it is empty or nan."""
-    return torch.where(near < far, near, torch.inf)
-
-
 def first_hit(shape, radius, half, start, ray):
     """Depth (n,) at which rays (3, n) enter an object centred at 0; inf where they miss it."""
     if shape == "cube":
-        return entry(*box(start, ray, radius))
-    near, far = ball(start[:2], ray[:2], radius)
-    bottom, top = box(start[2:], ray[2:], half)
-    body = entry(near.maximum(bottom), far.minimum(top))
-    if shape == "cylinder":
-        return body
-    for end in (half, -half):  # a capsule ends in balls; a sphere is a capsule with half = 0
-        body = body.minimum(entry(*ball(start - end * UP, ray, radius)))
-    return body
+        parts = [box(start, ray, radius)]
+    else:
+        near, far = ball(start[:2], ray[:2], radius)
+        bottom, top = box(start[2:], ray[2:], half)
+        parts = [(near.maximum(bottom), far.minimum(top))]
+    if shape in ("sphere", "capsule"):  # it ends in balls; a sphere is a capsule with half = 0
+        parts += [ball(start - end * UP, ray, radius) for end in (half, -half)]
+    starts = [torch.where(near < far, near, torch.inf) for near, far in parts]  # inf: empty or nan
+    return torch.stack(starts).amin(0)
 
 
 def outward(shape, radius, half, points):
@@ -328,13 +314,13 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
     blocked = first_hit(*size, points - middle, LIGHT - points).isfinite()
     maps[FLOOR, blocked & (room[FLOOR] > 0)] = 0.337
     # Nothing in the room can stand in front of the object: where it is hit, it is what we see.
-    depth = first_hit(*size, (eye - middle).expand_as(rays), rays)
+    depth = first_hit(*size, eye - middle, rays)
     seen = depth.isfinite()
     surface = eye + depth[seen] * rays[:, seen]
     normals = outward(*size, surface - middle)
     maps[:, seen] = 0
     maps[OBJECT, seen] = shade(0.364, surface, normals, forward)
-    maps[WHITE, seen] = 0.118 * ((normals * HIGHLIGHT_FROM).sum(0) > 0)  # a step
+    maps[WHITE, seen] = 0.118 * ((normals * vector(-0.255, 0.168, 0.952)).sum(0) > 0)  # a step
     return maps
 
 
@@ -347,10 +333,8 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line and exit code 2; --help shows every default."""
-
     def __init__(self, **kwargs):
-        # allow_abbrev: or --see would pass for --seed
-        super().__init__(allow_abbrev=False, **kwargs,
+        super().__init__(allow_abbrev=False, **kwargs,  # or --see would pass for --seed
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
@@ -385,24 +369,20 @@ def replacing(path):
         raise UserError(f"{path} cannot be written ({error.strerror}); what was there before "
                         "stays; make room, or choose a folder that you may write to") from error
     finally:
-        temporary.unlink(missing_ok=True)  # after the rename there is nothing left to delete
+        temporary.unlink(missing_ok=True)
 
 
 def image_grid(images, row_labels=(), col_labels=(), title="", scale=1):
     """Draw uint8 images (R, C, 3, H, W) as a PIL.Image, every pixel `scale` wide, with texts."""
-    tiles = images.cpu().repeat_interleave(scale, 3).repeat_interleave(scale, 4)
-    tiles = tiles.movedim(2, -1).numpy()  # (R, C, H, W, 3)
-    R, C, H, W, _ = tiles.shape
+    tiles = images.cpu().movedim(2, -1).numpy().repeat(scale, 2).repeat(scale, 3)
+    R, C, H, W, _ = tiles.shape  # H and W after scaling
     font = ImageFont.load_default(size=13)
-
-    def widest(texts):
-        return math.ceil(max(map(font.getlength, texts))) + 8 if texts else 0
-
-    left = widest(row_labels)
+    left, label, heading = [math.ceil(max(map(font.getlength, texts), default=-8)) + 8
+                            for texts in (row_labels, col_labels, [title])]
     top = 36 if title or col_labels else 0  # two lines of text
-    across, down = max(W, widest(col_labels)) + 2, H + 2
-    wide = max(left + C * across, widest([title]))
-    sheet = Image.new("RGB", (wide, top + R * down), "white")
+    across, down = max(W, label) + 2, H + 2
+    size = max(left + C * across, heading), top + R * down
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 0), title, "black", font)
     for c, text in enumerate(col_labels):
@@ -414,39 +394,77 @@ def image_grid(images, row_labels=(), col_labels=(), title="", scale=1):
     return sheet
 
 
-def sample_grid(ds):
-    """A PIL.Image with a row per factor: it takes its values from left to right, the others stay.
-
-    Where images are no grid: four rows of them, from all over the dataset.
-    """
-    rows, names = torch.arange(60).view(4, 15) * len(ds) // 60, []
-    if ds.is_grid:
-        names = ds.factor_names
-        factors = ds.factors(torch.tensor([len(ds) // 3]))  # (1, F) of just any image
-        factors = factors.repeat(len(names), 15, 1)  # (F, 15, F)
-        for f, size in enumerate(ds.factor_sizes):
-            factors[f, :, f] = torch.arange(15) * size // 15
-        rows = [ds.index(row) for row in factors]
-    images = torch.stack([ds.images(idx) for idx in rows])  # (R, 15, 3, 64, 64)
-    return image_grid(images, names, title=f"{ds.name}, {ds.source}")
-
-
 def main():
-    """Print what a dataset holds, and draw its sample grid."""
+    """Print what a dataset holds, and draw it: each factor alone, or images from all over it."""
     p = Parser(description="Say what a dataset holds, and draw a grid with a row per factor.")
     p.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
     p.add_argument("--data_dir", default="data", help="folder with the files or pictures")
     p.add_argument("--vary", default="", help="hold all factors but these: NAME,NAME,...")
-    args = p.parse_args()
-    ds = load(args.dataset, args.data_dir, vary=args.vary)
+    ds = load(**vars(p.parse_args()))
+    idx, names = torch.arange(60) * len(ds) // 60, []
+    if ds.is_grid:  # a row per factor, which alone changes; the others are those of just any image
+        names = ds.factor_names
+        factors = ds.factors(torch.tensor([len(ds) // 3])).repeat(len(names), 15, 1)  # (F, 15, F)
+        for f, size in enumerate(ds.factor_sizes):
+            factors[f, :, f] = torch.arange(15) * size // 15
+        idx = ds.index(factors.flatten(0, 1))
+    images = ds.images(idx).unflatten(0, (-1, 15))  # (R, 15, 3, 64, 64)
     out = Path(f"out/data-{ds.name}.png")
     with replacing(out) as temporary:
-        sample_grid(ds).save(temporary)
+        image_grid(images, names, title=f"{ds.name}, {ds.source}").save(temporary)
     print(f"{ds.source_note}\n{len(ds):,} images; factors:",
           dict(zip(ds.factor_names, ds.factor_sizes)), f"\nwrote {out}")
 
 
-# ---- Pictures in a folder: your own, and CelebA --------------------------------------------------
+# ---- Files: SKIP THIS AT FIRST READING ----------------------------------------------------------
+# Readers yield the images at `path`, uint8 (64, 64, 3), in index order. convert() writes them ONCE
+# to a plain .npy file, which is then memory-mapped: a batch reads only its own images.
+
+
+@contextlib.contextmanager
+def readable(path, advice):
+    """Turn trouble while reading `path` into one line: what was found, and what mends it."""
+    try:
+        yield
+    except (UserError, ImportError, AttributeError, NameError):
+        raise  # a line already, or a bug of ours
+    except Exception as error:  # every file library has its own names for damage
+        raise UserError(f"{path}: {type(error).__name__}, {error} (if it is damaged: {advice})")
+
+
+def expect(what, found, expected):
+    """ValueError, for readable(), unless found equals expected."""
+    if found != expected:
+        raise ValueError(f"{what}: found {found}, expected {expected}")
+
+
+def convert(dataset, path, npy, facts):
+    """Write the images at `path` to the file `npy`, all or none."""
+    def images():
+        count = 0
+        with readable(path, facts["advice"]):
+            for count, image in enumerate(READERS[dataset](path, facts), 1):
+                expect("an image", (image.shape, image.dtype), (SHAPE, UINT8))
+                yield image
+            expect("images", count, facts["images"])
+
+    print(f"converting {path}, once", file=sys.stderr)
+    for old in npy.parent.glob(f"{dataset}-64x64-*.npy"):  # of a folder before it changed
+        old.unlink()
+    header = dict(descr="|u1", fortran_order=False, shape=(facts["images"], *SHAPE))
+    with replacing(npy) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in tqdm(images(), total=facts["images"], disable=None):  # None: on a terminal
+            file.write(image.tobytes())
+
+
+def stored(npy, facts, device):
+    """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file."""
+    with readable(npy, "remove it and run this again"):
+        array = np.load(npy, mmap_mode="c")  # "c": on disk, and PyTorch may think it can write
+        expect("images", (array.shape, array.dtype), ((facts["images"], *SHAPE), UINT8))
+    pixels = torch.from_numpy(array)  # (images, 64, 64, 3)
+    return lambda idx: pixels[idx.cpu()].to(device).permute(0, 3, 1, 2).contiguous()
 
 
 def own_pictures(folder, facts):
@@ -457,42 +475,31 @@ def own_pictures(folder, facts):
     with readable(folder, facts["advice"]):
         if table.exists():
             lines = table.read_text("utf-8-sig").splitlines()  # sig: a mark of Windows
-            header, *rows = filter(None, csv.reader(lines))  # but empty lines
-            names = header[1:]
-            strangers = {name for name, *_ in rows} - {path.name for path in files}
+            (_, *names), *rows = filter(None, csv.reader(lines))  # but empty lines
+            strangers = {row[0] for row in rows} - {path.name for path in files}
             expect("names of no picture", sorted(strangers)[:3], [])
             files.append(table)
         if len(rows) < 2:
             raise ValueError(f"found {len(rows)} pictures, expected 2 or more")
-        facts = facts | table_facts(names, rows)
+        facts = table_facts(names, rows, facts)
     # When a file comes, goes or changes, so does this part of the .npy file's name.
     stamp = repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     return facts | dict(stamp=f"-{zlib.crc32(stamp.encode()):08x}")
 
 
-def celeba_facts(folder, facts):
-    """Facts of list_attr_celeba.txt: a number, a line of names, and a row for each picture."""
-    table = folder / "list_attr_celeba.txt"
-    with readable(table, facts["advice"]):
-        _, names, *rows = map(str.split, table.read_text("utf-8").splitlines())
-        expect("rows", len(rows), facts["images"])
-        return facts | table_facts(names, rows)
-
-
-def table_facts(names, rows):
-    """Facts of pictures, rows [file, F numbers]: each column's values become 0 .. size - 1."""
+def table_facts(names, rows, facts):
+    """Add those of rows [file, F numbers]: the values of each column become 0 .. size - 1."""
     numbers = {file: tuple(map(int, texts)) for file, *texts in rows}
     expect("different pictures", len(numbers), len(rows))
     widths = {len(row) for row in numbers.values()}
     expect("numbers in a row, one for each different name", widths, {len(set(names))})
-    labels = torch.tensor(list(numbers.values()), dtype=torch.int64)  # (images, F)
+    labels = torch.tensor(list(numbers.values())).long()  # (images, F)
     for column in labels.T:
         column[:] = column.unique(return_inverse=True)[1]
     sizes = (labels.amax(0) + 1).tolist()
-    facts = dict(images=len(rows), factors=dict(zip(names, sizes)))
-    # A grid, if each combination of values occurs exactly once; else a table.
-    if len(set(numbers.values())) == len(rows) == math.prod(sizes):
-        return facts | dict(names=sorted(numbers, key=numbers.get))  # row-major
+    facts = facts | dict(images=len(rows), factors=dict(zip(names, sizes)))
+    if len(set(numbers.values())) == len(rows) == math.prod(sizes):  # each combination once
+        return facts | dict(names=sorted(numbers, key=numbers.get))  # a grid, row-major
     return facts | dict(names=list(numbers), labels=labels)
 
 
@@ -517,68 +524,13 @@ def shrink(photo):
     return np.asarray(ImageOps.fit(photo, (SIZE, SIZE), Image.LANCZOS))
 
 
-# ---- The official files: SKIP THIS AT FIRST READING ---------------------------------------------
-# Each reader yields a file's images, uint8 (64, 64, 3), in index order. convert() writes them ONCE
-# to a plain .npy file, which is then memory-mapped: a batch reads only its own images from disk.
-
-SHAPE = (SIZE, SIZE, 3)
-
-
-@contextlib.contextmanager
-def readable(path, advice):
-    """Turn trouble while reading `path` into one line: what was found, and what mends it."""
-    try:
-        yield
-    except (UserError, ImportError, AttributeError, NameError):
-        raise  # a line already, or a bug of ours
-    except Exception as error:  # every file library has its own names for damage
-        raise UserError(f"{path}: {type(error).__name__}, {error} (if it is damaged: {advice})")
-
-
-def expect(what, found, expected):
-    """ValueError, for readable(), unless found equals expected."""
-    if found != expected:
-        raise ValueError(f"{what}: found {found}, expected {expected}")
-
-
-def convert(dataset, path, npy, facts):
-    """Write the images at `path` to the file `npy`, all or none."""
-
-    def images():
-        count = 0
-        with readable(path, facts["advice"]):
-            for count, image in enumerate(READERS[dataset](path, facts), 1):
-                expect("an image", (*image.shape, str(image.dtype)), (*SHAPE, "uint8"))
-                yield image
-            expect("images", count, facts["images"])
-
-    print(f"converting {path}, once", file=sys.stderr)
-    for old in npy.parent.glob(f"{dataset}-64x64-*.npy"):  # of a folder before it changed
-        old.unlink()
-    with replacing(npy) as temporary, open(temporary, "wb") as file:
-        header = dict(descr="|u1", fortran_order=False, shape=(facts["images"], *SHAPE))
-        np.lib.format.write_array_header_1_0(file, header)
-        for image in tqdm(images(), total=facts["images"], disable=None):  # None: on a terminal
-            file.write(image.tobytes())
-
-
-def stored(npy, facts, device):
-    """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file."""
-    with readable(npy, "remove it and run this again"):
-        array = np.load(npy, mmap_mode="c")  # "c": on disk, and PyTorch may think it can write
-        expect("images", (*array.shape, str(array.dtype)), (facts["images"], *SHAPE, "uint8"))
-    pixels = torch.from_numpy(array)  # (images, 64, 64, 3)
-    return lambda idx: pixels[idx.cpu()].to(device).permute(0, 3, 1, 2).contiguous()
-
-
 def read_shapes3d(path, facts):
     """3dshapes.h5: images uint8 (480000, 64, 64, 3), labels float (480000, 6), factor VALUES."""
     import h5py  # here and not above: nothing else needs it
     with h5py.File(path, "r", locking=False) as file:  # others may have it open
-        images, labels = file["images"], file["labels"][:]
-        # Published libraries have had the order wrong. So compare value indices (0 ... 7) of each
-        # column of values (0.75 ... 1.25) with Dataset.factors().
-        found = [np.unique(column, return_inverse=True)[1] for column in labels.T]
+        images = file["images"]
+        # Some libraries have had the order wrong. So compare it, 0.75 ... 1.25 taken as 0 ... 7.
+        found = [np.unique(column, return_inverse=True)[1] for column in file["labels"][:].T]
         grid = np.indices([*facts["factors"].values()]).reshape(len(found), -1)
         expect("labels in row-major order of the factors", np.array_equal(found, grid), True)
         for start in range(0, len(images), 1024):  # packed in chunks, so not one by one
@@ -588,13 +540,13 @@ def read_shapes3d(path, facts):
 def read_cars3d(path, facts):
     """cars/car_*.mat, one per car: key im, uint8 (128, 128, 3, 24 azimuths, 4 elevations)."""
     import scipy.io  # slow to import, like h5py
-    elevations, azimuths, _ = facts["factors"].values()
+    *angles, _ = facts["factors"].values()
     cars = {}  # file name -> its 96 views, uint8 (64, 64, 3)
     with tarfile.open(path) as archive:
         for entry in archive:  # it also holds that paper's other datasets
             if Path(entry.name).match("cars/car_*.mat"):
                 im = scipy.io.loadmat(archive.extractfile(entry))["im"]
-                expect("im", im.shape, (128, 128, 3, azimuths, elevations))
+                expect("im", im.shape, (128, 128, 3, *angles[::-1]))
                 views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)
                 cars[entry.name] = [shrink(Image.fromarray(view)) for view in views]
         while archive.fileobj.read(1 << 20):
@@ -608,11 +560,10 @@ def read_mpi3d_toy(path, facts):
     """mpi3d_toy.npz: a zip archive with images.npy, uint8 (1036800, 64, 64, 3), 12 GB."""
     with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         np.lib.format.read_magic(file)  # the first 8 bytes
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        expect("Fortran order", fortran_order, False)
-        for _ in range(shape[0]):
-            image = np.frombuffer(file.read(math.prod(shape[1:]) * dtype.itemsize), dtype)
-            yield image.reshape(shape[1:])
+        found = np.lib.format.read_array_header_1_0(file)
+        expect("images", found, ((facts["images"], *SHAPE), False, UINT8))
+        for _ in range(facts["images"]):
+            yield np.frombuffer(file.read(math.prod(SHAPE)), UINT8).reshape(SHAPE)
         expect("bytes after the last image", len(file.read(1)), 0)  # makes zip check its checksum
 
 

@@ -5,8 +5,8 @@
     python train.py --dataset shapes3d --resume        # go on from the checkpoint in --out
     torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
-Everything is written to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and
---resume need), log.jsonl and samples.png. One step of stage 2, as data sees it:
+It writes to --out (default out/DATASET-PRESET) ckpt.pt, all that evaluate.py and --resume need,
+log.jsonl and samples.png. One step of stage 2, as data sees it:
 
     image x0 -> extractor -> c (B, N, D) -> dyga.align -> c~ (B, N, D) ------.
       |                                                                       v
@@ -49,7 +49,7 @@ from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, PatchDiscriminator, stage1_losses, to_float
 
-FORMAT = 6  # version of the checkpoint's layout
+FORMAT = 7  # version of the checkpoint's layout
 SAVE_MINUTES = 3  # between two checkpoints and their pictures
 LOG_STEPS = 25  # between two rows of the log; a signal waits for the next one
 PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is, in its checkpoint
@@ -81,18 +81,17 @@ PRESETS = {
     # released rule (see UNet), skip dropout then acts on every skip.
     --unet.base 32 --unet.multipliers 1 2 --unet.res_blocks 1 --unet.attention_at 2
     --no-unet.self_attention --unet.dropout 0
-    # One head: a pixel then looks up one unit at a time, where several heads look up one each and
-    # blend them; with one, units came out less mixed.
+    # One head: a pixel looks up one unit at a time. Several look up one each and blend them.
     --unet.heads 1
 
     # Muon (in stage 1, too) learns shape and orientation, times from the middle of the schedule
     # learn hues, and a squared error small objects, earlier than AdamW, uniform times and L1 do.
-    # The rate is Muon's usual one; it rises at first and falls at the end.
     --optimizer muon --t_sampling logit_normal --loss mse
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: half-way, when most factors are told, redundant units are silenced
-    # (dyga.py, informative_units): earlier, scale and shape were still told by one unit.
-    --select_at 0.5
+    # Beyond the paper: redundant units are silenced (dyga.py, informative_units). Half-way, when
+    # most factors are told: earlier, scale and shape were still told by one unit. Once more, with
+    # a stricter limit, at 70%: half-way, that would have silenced scale in one run of five.
+    --select_at 0.5 0.7 --select_most 0.8 0.75
 
     # Each of 48,000 images (a tenth of Shapes3D) comes five times, on average. So stage 1's encoder
     # costs a fifth, and anchors, fitted once an epoch, have time to act. The moving average is
@@ -242,8 +241,9 @@ def train_stage2(run):
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
         # Beyond the paper: from here on without redundant units.
-        if now < cfg["select_at"] * total <= seen:
-            select_units(run, seen)
+        for share, most in zip(cfg["select_at"], cfg["select_most"]):
+            if now < share * total <= seen:
+                select_units(run, seen, most)
         if seen // fit_every > now // fit_every:
             fit_anchors(run, model, seen)
         run.after_step(batch, row)
@@ -265,11 +265,11 @@ def encode_pool(run):
 
 
 @torch.no_grad()
-def select_units(run, seen):
+def select_units(run, seen, most):
     """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
     s = [run.average.extractor.scalars(to_float(run.ds.images(idx)))
          for idx in run.fit_idx.split(500)]
-    kept = informative_units(torch.cat(s), run.cfg["select_most"])
+    kept = informative_units(torch.cat(s), most)
     for model in (run.model, run.average):
         model.extractor.kept.zero_()
         model.extractor.kept[kept] = True
@@ -347,7 +347,7 @@ class Run:
         self.pool = order[:min(cfg["pool_images"], cfg["images"])]  # no more than will be seen
 
         # AdamW's averages: LDM's short ones where the loss moves with the discriminator. Weight
-        # decay in stage 2, 0.01: torch's and LDM's default; the paper names none.
+        # decay, 0.01 in stage 2, is torch's and LDM's default; the paper names none.
         betas = (0.5, 0.9) if self.disc else (0.9, 0.99)
         vqgan = self.model.vqgan
         others = [vqgan.codebook, self.disc] if self.disc else [vqgan.codebook]
@@ -406,8 +406,7 @@ class Run:
         now = time.perf_counter()
         self.minutes += (now - self.clock) / 60
         self.clock = now
-        place = {"stage": self.stage, "images": self.seen[self.stage],
-                 "minutes": self.minutes}
+        place = {"stage": self.stage, "images": self.seen[self.stage], "minutes": self.minutes}
         with open(self.log_path, "a") as file:
             file.write(json.dumps(place | row) + "\n")
 
@@ -479,19 +478,17 @@ def read_checkpoint(path):
         # torch.load ignores the file's checksums: a flipped bit would become a wrong weight.
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # the first damaged part
-                raise zipfile.BadZipFile
+                raise zipfile.BadZipFile("damaged")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from a file
+        if ckpt["format"] != FORMAT:
+            raise ValueError(f"format {ckpt['format']}, expected {FORMAT}: train it again")
+        return ckpt
     except FileNotFoundError:  # the system's own words name the file
         raise
     except Exception as error:  # foreign bytes fail in any way; nothing of ours is inside this try
-        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: damaged, "
-                        "cut short, or of another program); expected a ckpt.pt of train.py "
+        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}); "
+                        "expected a ckpt.pt of this train.py, whole and of this version "
                         "(tests/released.py converts those of the paper's code)") from error
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
-        raise UserError(f"{path}: of another version of train.py, or of another program; expected "
-                        f"format {FORMAT}; train it again (tests/released.py converts files of the "
-                        "paper's code)")
-    return ckpt
 
 
 @contextlib.contextmanager
@@ -548,8 +545,8 @@ decay                  0.0        0..1       last share of the course in which i
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
-select_at              0.0        0..1       at this share of the course silence redundant units
-select_most            0.8        0..1       with a larger correlation a unit is redundant
+select_at              0.0,       0..1       at these shares of the course silence redundant units
+select_most            0.8,       0..1       with a larger correlation a unit is redundant, at each
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -612,7 +609,8 @@ def build_parser():
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):  # --unet.multipliers 1 2 4 4
             default = list(default)
-            kind = {"type": within(int, limits), "nargs": "+"}
+            number = type(sum(default))  # int or float
+            kind = {"type": within(number, limits), "nargs": "+"}
         elif ".." in limits:
             kind = {"type": within(type(default), limits)}
         elif "|" in limits:
@@ -669,9 +667,8 @@ def parse():
 def refuse_contradictions(cfg, begun, ckpt):
     """UserError if a flag beside --resume differs from the settings that the run began with.
 
-    The learning rate follows the length planned at the start, so a longer run is another run
-    from its first step. But between the stages, the flags of stage 2 may still be changed: to try
-    several, copy the folder of a finished stage 1, and resume each copy.
+    Between the stages, those of stage 2 may: to try several, copy the folder of a finished stage 1
+    and resume each copy. Later not: the learning rate follows the length planned at the start.
     """
     between = ckpt["stage"] == 2 and not ckpt["seen"][2]
     for name, held in begun.items():
@@ -683,6 +680,9 @@ def refuse_contradictions(cfg, begun, ckpt):
 
 def check_settings(cfg, world):
     """UserError for numbers that do not fit each other."""
+    if len(cfg["select_at"]) > len(cfg["select_most"]):
+        raise UserError(f"--select_at {cfg['select_at']} --select_most {cfg['select_most']}: "
+                        "expected a limit for each time")
     levels = len(cfg["vqgan.multipliers"]) + len(cfg["unet.multipliers"])
     shrunk = cfg["extractor.shrink"] * 2 ** (len(cfg["extractor.channels"]) - 1)
     unit = math.lcm(2, cfg["unet.groups"], cfg["unet.heads"])

@@ -2,7 +2,6 @@
 
 The official files, right and wrong, are in test_sources.py.
 """
-
 import math
 import os
 import subprocess
@@ -31,16 +30,15 @@ def image(twin, *factors):
     return twin.images(twin.index(torch.tensor([factors])))[0].long()
 
 
-# ---- The rendered twin ---------------------------------------------------------------------------
-
-
 def test_sky_line_rings_as_in_the_original_to_the_grey_level(twin):
     # Blue, sky (249) above a red wall (0), frontal: the overshoot of a Lanczos-3 filter.
     column = image(twin, 2, 0, 5, 0, 0, 7)[2, :, 5].tolist()
     assert column[:21] == [249] * 15 + [245, 255, 166, 0, 4, 0]
 
 
-def test_the_palette_is_that_of_the_original():
+def test_the_palette_and_the_factors_are_those_of_the_original_in_its_order(twin):
+    assert twin.is_grid and len(twin) == 480_000 and twin.factor_names == [
+        "floor hue", "wall hue", "object hue", "scale", "shape", "orientation"]
     assert data.PALETTE.tolist() == [
         [255, 0, 0], [255, 153, 0], [204, 255, 0], [51, 255, 0], [0, 255, 102], [0, 255, 255],
         [0, 102, 255], [51, 0, 255], [204, 0, 255], [255, 0, 153], [153, 226, 249], [255] * 3]
@@ -69,12 +67,9 @@ def test_geometry_is_mirrored_between_orientation_k_and_14_minus_k():
         assert torch.equal(seen[0], seen[1].flip(-1))  # left and right change places
 
 
-def test_light_is_not_mirrored_the_lamp_hangs_to_the_left(maps):
+def test_scale_multiplies_every_dimension_of_the_object_and_the_lamp_hangs_to_the_left(maps):
     floor = maps[0, 0, 7, data.FLOOR, 60]
     assert floor[2] > floor[61] + 0.05
-
-
-def test_scale_multiplies_every_dimension_of_the_object(maps):
     # At orientation 7 the cube's front face is flat: 2 * 0.35 s * focal / (2.5 - 0.35 s) pixels.
     for scale in range(8):
         s = 0.75 + scale / 14
@@ -96,24 +91,19 @@ def test_normals_have_length_one_and_rays_enter_against_them_at_the_surface(shap
     assert torch.allclose(normals.norm(dim=0), torch.ones(len(points[0])), atol=1e-3)
     assert ((normals * ray[:, hit]).sum(0) < 0).all()
     outside = data.first_hit(shape, radius, half, points + 1e-3 * normals, normals)
-    assert outside[outside.isfinite()].lt(0).all()      # from just outside, it lies behind
+    assert outside[outside.isfinite()].lt(0).all()  # from just outside, it lies behind
 
 
-def test_a_batch_equals_its_single_images_and_does_not_depend_on_its_size(twin):
+def test_a_batch_equals_its_single_images_and_each_is_the_rounded_sum_of_maps_times_colours(
+        twin, maps):
     idx = torch.randint(480_000, (130,), generator=torch.Generator().manual_seed(0))
     batch = twin.images(idx)
     assert batch.dtype == torch.uint8 and batch.shape == (130, 3, 64, 64) and batch.is_contiguous()
     assert torch.equal(batch, torch.cat([twin.images(idx[i:i + 1]) for i in range(130)]))
     assert twin.images(idx[:0]).shape == (0, 3, 64, 64)
-
-
-def test_an_image_is_the_rounded_sum_of_weight_maps_times_colours(twin, maps):
     colours = data.PALETTE[[3, 7, 1, 10, 11]]  # (5, 3)
     expected = torch.einsum("kc,khw->chw", colours, maps[5, 1, 2]).round().clamp(0, 255)
     assert (image(twin, 3, 7, 1, 5, 1, 2) - expected).abs().max() <= 1
-
-
-# ---- Factors and indices -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["shapes3d", "cars3d", "mpi3d_toy"])
@@ -128,11 +118,6 @@ def test_factors_of_an_index_are_its_row_major_digits(name):
     assert torch.equal(ds.index(ds.factors(idx)), idx)
 
 
-def test_the_factors_of_shapes3d_are_in_the_official_order(twin):
-    assert twin.is_grid and len(twin) == 480_000 and twin.factor_names == [
-        "floor hue", "wall hue", "object hue", "scale", "shape", "orientation"]
-
-
 @pytest.mark.parametrize("bad", [-1, 480_000])
 def test_an_index_or_a_value_out_of_range_is_an_error(twin, bad):
     for ask in twin.images, twin.factors:
@@ -140,9 +125,6 @@ def test_an_index_or_a_value_out_of_range_is_an_error(twin, bad):
             ask(torch.tensor([0, bad]))
     with pytest.raises(ValueError):
         twin.index(torch.tensor([[0, 0, 0, 0, bad, 0]]))
-
-
-# ---- load() and the helpers ----------------------------------------------------------------------
 
 
 def test_unknown_names_are_refused():
@@ -184,13 +166,11 @@ def test_run_ends_in_one_line_and_an_exit_code_or_a_bugs_traceback(capsys, error
 
 
 @pytest.mark.parametrize("arguments", [["--colour"], ["--o", "x"], ["--dataset", "shapes4d"]])
-def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        data.run(data.main)
-    output = capsys.readouterr()
-    assert end.value.code == 2 and output.out == "" and output.err.count("\n") == 1
-    assert output.err.startswith("data.py: error: ") and "--help" in output.err
+def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys, main):
+    assert main(data, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("data.py: error: ") and "--help" in err
 
 
 def test_the_image_grid_places_every_tile_unchanged():
@@ -214,9 +194,6 @@ def test_the_command_draws_a_row_per_factor_whatever_names_the_terminal_can_show
         assert picture.height > 6 * 64 and picture.width > 15 * 64
 
 
-# ---- Some factors of a grid, and a folder of one's own -------------------------------------------
-
-
 def test_held_factors_stay_at_the_middle_of_their_values_and_the_rest_is_a_smaller_grid():
     twin, small = data.load("shapes3d"), data.load("shapes3d", vary="shape,wall hue")
     assert small.factor_names == ["wall hue", "shape"] and small.factor_sizes == [10, 4]
@@ -235,7 +212,7 @@ def pictures(folder, table=None):
     for k in range(6):
         ending = "png" if k % 2 else "JPG"
         Image.new("RGB", (80 + 10 * k, 64 + k), (40 * k,) * 3).save(folder / f"{k}.{ending}")
-    if table:
+    if table is not None:
         (folder / "labels.csv").write_text(table)
 
 
@@ -280,10 +257,6 @@ def test_a_table_may_have_quotes_and_empty_lines_and_a_picture_is_white_where_it
         0, 255]
 
 
-def save_deep(folder):
-    Image.new("I;16", (64, 64), 30_000).save(folder / "3.png")
-
-
 @pytest.mark.parametrize("change, words", [
     ("", "not enough values"), ("file,size\n", "found 0 pictures, expected 2 or more"),
     ("file,size\n0.JPG,1\n", "found 1 pictures"),
@@ -293,15 +266,14 @@ def save_deep(folder):
     (f"file,size\n0.JPG,{2**64}\n1.png,2\n", "Overflow"),
     ("file,size\n0.JPG,1\n0.JPG,2\n", "different pictures: found 1, expected 2"),
     ("file,size\n9.png,1\n0.JPG,2\n", r"names of no picture: found \[.9.png.\]"),
-    (save_deep, "3.png: .*more than 8 bits a pixel"),
+    (lambda folder: Image.new("I;16", (64, 64), 30_000).save(folder / "3.png"),
+     "3.png: .*more than 8 bits a pixel"),
     (lambda folder: (folder / "2.JPG").write_bytes(b"no picture"), "2.JPG: .*cannot identify"),
     (lambda folder: [path.unlink() for path in folder.iterdir()], "found 0 pictures")])
 def test_a_wrong_table_or_picture_of_a_folder_is_told_and_nothing_is_written(
         change, words, tmp_path):
-    pictures(tmp_path)
-    if isinstance(change, str):
-        (tmp_path / "labels.csv").write_text(change)
-    else:
+    pictures(tmp_path, None if callable(change) else change)
+    if callable(change):
         change(tmp_path)
     with pytest.raises(data.UserError, match=f"{words}.*put PNG or JPEG files there"):
         data.load("folder", tmp_path)
