@@ -1,8 +1,8 @@
 """Train the whole method (Algorithm 1): data, stage 1, extractor, U-Net, anchors; one checkpoint.
 
-    python train.py --dataset shapes3d                 # laptop preset on a CPU, paper's on a GPU
-    python train.py --dataset shapes3d --preset tiny   # seconds: both stages, nothing is learnt
-    python train.py --dataset shapes3d --resume        # go on from the checkpoint in --out
+    python train.py --dataset shapes3d                   # laptop preset on a CPU, paper's on a GPU
+    python train.py --dataset shapes3d --preset minute   # a first look: three factors, few minutes
+    python train.py --dataset shapes3d --resume          # go on from the checkpoint in --out
     torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
 It writes to --out (default out/DATASET-PRESET) ckpt.pt, all that evaluate.py and --resume need,
@@ -111,6 +111,17 @@ PRESETS = {
     --ddim_steps 10
     """,
 }
+PRESETS["minute"] = PRESETS["laptop"] + """
+    # For a first look: the twin's three hues alone, 1,000 images, so everything may be smaller.
+    # Latents of 4x4 leave the U-Net one level. Hues are independent of each other, so units may be
+    # called redundant with a little less proof.
+    --vary "floor hue,wall hue,object hue" --vqgan.multipliers 1 2 --vqgan.channels 32
+    --vqgan.codebook_size 512 --vqgan.z_channels 8 --stage1.images 4800 --stage1.restart_images 800
+    --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
+    --extractor.unit_hidden 64 64 --unet.groups 16 --unet.multipliers 1 --unet.attention_at 1
+    --batch 32 --warmup 1600 --images 56000 --pool_images 1000 --fit_images 1000 --fit_every 6
+    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75 --select_most 0.8 0.7
+"""
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
 
@@ -486,8 +497,9 @@ def read_checkpoint(path):
     except FileNotFoundError:  # the system's own words name the file
         raise
     except Exception as error:  # foreign bytes fail in any way; nothing of ours is inside this try
-        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}); "
-                        "expected a ckpt.pt of this train.py, whole and of this version "
+        reason = str(error).partition("\n")[0]  # torch says much more
+        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: "
+                        f"{reason}); expected a whole ckpt.pt of this version of train.py "
                         "(tests/released.py converts those of the paper's code)") from error
 
 
@@ -521,7 +533,7 @@ dataset                shapes3d   shapes3d|cars3d|mpi3d_toy|celeba|folder   see 
 data_dir               data       text       folder of the datasets' files
 source                 auto       auto|official|rendered    of shapes3d: its file or our twin of it
 vary                   ''         text       hold all factors but these: names with commas between
-preset                 ''         paper|laptop|tiny         none: paper on CUDA, laptop on CPU
+preset                 ''         paper|laptop|minute|tiny  none: paper on CUDA, laptop on CPU
 out                    ''         text       folder to write to; none: out/DATASET-PRESET
 resume                 False      0..1       go on from ckpt.pt in --out
 stage1_only            False      0..1       stop after stage 1

@@ -1,11 +1,9 @@
-"""The benchmark: one command, one table.
+"""The benchmark: a table of median times, and of their ratios to the first row of each block.
 
     OMP_NUM_THREADS=1 python tests/bench.py              # quick and rough: --runs 1
 
-A row has a median time, and its ratio to the first row of its block. The rows of a block take turns
-in one process, so that a busy moment of the machine meets all: trust the ratios, not the times.
+The rows of a block take turns, so that a busy moment of the machine meets all: trust the ratios.
 """
-
 import argparse
 import shlex
 import sys
@@ -50,7 +48,6 @@ def main():
     runs = parser.parse_args().runs
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {runs} runs")
 
-    # Ten laptop steps and their growth, the parts of one; sampling.
     small, run, large = (build("laptop", batch) for batch in (16, 64, 256))
     model, x0 = run.model, run.ds.images(torch.arange(64))
     z0, c_tilde = model.noise(64, torch.Generator()), torch.randn(16, 20, 32)
@@ -64,7 +61,6 @@ def main():
         "ten laptop steps, batch 256": lambda: ten_steps(large),
         "DDIM, 16 images, 100 steps": lambda: model.sample(c_tilde, z0[:16], 100)})
 
-    # Fits and their growth, an alignment.
     units, _ = dyga.toy_units([10] * 20, 20_000, torch.Generator().manual_seed(0))  # (n, N, D)
     fitted = dyga.DyGA(20).fit(units[:1_250])
     compare(min(runs, 3), {
@@ -72,8 +68,7 @@ def main():
         for n, N in [(5_000, 20), (1_250, 20), (20_000, 20), (5_000, 5)]})
     compare(4 * runs, {"align a batch of 64": lambda: fitted.align(units[:64])})
 
-    # Paper-size steps in bfloat16, and their memory: 12 GiB were estimated.
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # in bfloat16; 12 GiB were estimated
         paper = build("paper", 512, "cuda")
         compare(runs, {"ten paper steps, batch 512": lambda: ten_steps(paper)})
         print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

@@ -1,15 +1,12 @@
 """What tests share: the repository's root on the import path, and a script's main as a call."""
-
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-# One thread, here and in every command that a test starts: sums in another order differ in their
-# last digit. Before torch is imported, which reads this once.
-os.environ["OMP_NUM_THREADS"] = "1"
-
+# One thread, also in commands that a test starts: sums in another order differ in their last digit.
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it once
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
@@ -24,6 +21,5 @@ def main(monkeypatch):
             return data.run(module.main) or 0
         except SystemExit as stop:
             return stop.code
-
     monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own handlers
     return call

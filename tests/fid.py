@@ -2,10 +2,8 @@
 
     python tests/fid.py out/celeba-paper/ckpt.pt --n 10000
 
-Put its network (91 MB) into --data_dir, from the address below. It is TorchScript, a program: take
-it from nowhere else.
-"""
-
+Its network (91 MB) belongs into --data_dir, from the address below. It is TorchScript, a program:
+take it from nowhere else."""
 import sys
 import warnings
 from pathlib import Path
@@ -24,7 +22,6 @@ INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance of Gaussians: |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2).
-
     mu: (D,), cov: (D, D), symmetric, no eigenvalue below 0 (0 is fine: fewer images than features).
     """
     # cov1 cov2 is not symmetric; root cov2 root, of the same eigenvalues, is (root root = cov1).
@@ -38,10 +35,8 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 @torch.no_grad()
 def fid(model, ds, inception, n, steps, seed=0):
     """Frechet Inception Distance (reference 20) of n generated and n real images; low is good.
-
     Paper: does not say what samples are conditioned on. Here: aligned units of n images, others
-    than the n real ones where the dataset is large enough.
-    """
+    than the n real ones where the dataset is large enough."""
     if n < 2_048:
         warnings.warn(f"FID of {n:,} images: far too high below 2,048, the number of features")
     generator, moments = torch.Generator().manual_seed(seed), []

@@ -2,7 +2,6 @@
 
     python tests/half.py out/shapes3d-laptop/ckpt.pt assets/laptop.pt    # evaluate.py reads it
 """
-
 import io
 import sys
 from pathlib import Path
@@ -18,8 +17,8 @@ import train  # noqa: E402
 def main():
     ckpt, file = train.read_checkpoint(sys.argv[1]), io.BytesIO()
     kept = {name: ckpt[name] for name in ("format", "config", *train.PLACE)}
-    average = ckpt["average"].items()  # stage 1's encoder too: evaluate.py reconstructs with it
-    kept["average"] = {name: x.half() if x.is_floating_point() else x for name, x in average}
+    kept["average"] = {name: x.half() if x.is_floating_point() else x
+                       for name, x in ckpt["average"].items()}
     torch.save(kept, file)
     with data.replacing(sys.argv[2]) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED) as small:
         for name in ZipFile(file).namelist():  # the same zip archive, compressed

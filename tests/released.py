@@ -3,9 +3,7 @@
     python tests/released.py model.ckpt --dataset shapes3d --out out/released/ckpt.pt
 
 The README of GitHub's youngjun-jun/dis-dis links such models for all four datasets: Lightning files
-of the same networks under other names. The checkpoint has no anchors: nothing is aligned.
-"""
-
+of the same networks under other names. The checkpoint has no anchors: nothing is aligned."""
 import sys
 from pathlib import Path
 
@@ -32,17 +30,13 @@ UNET_LAYERS = {
 UNUSED = STAGE1 + "loss.", STAGE1 + "model_ema."  # in a network's part, but no weights of it
 
 
-class Foreign:
-    """Takes the place of every class and function that a file names: nothing of it can run."""
-    def __init__(self, *args):
-        pass
-
-
 def read(path):
     """A Lightning file, or a plain state_dict -> {name: tensor}. UserError if it is neither."""
+    # In place of every class and function that the file names: nothing of it can run.
+    foreign = type("Foreign", (), {"__init__": lambda self, *args: None})
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Foreign, name) for name in names]):
+        with torch.serialization.safe_globals([(foreign, name) for name in names]):
             found = torch.load(path, map_location="cpu", weights_only=True)
         return {name: x for name, x in found.get("state_dict", found).items()
                 if torch.is_tensor(x) and not name.startswith(UNUSED)}
@@ -55,7 +49,6 @@ def settings(take):
     """train.py's settings of a file's networks: Tables 7 to 9, but for these sizes."""
     def widths(name, places):
         return [take(f"{name}.{i}.bias").numel() for i in places]
-
     *hidden, n_units = widths(f"{UNITS}image_encoder.fc", (0, 2, 4))
     *unit_hidden, unit_dim = widths(f"{UNITS}mlps.0.layers", (0, 2, 4))
     return train.default_settings() | {
@@ -76,15 +69,16 @@ def places():
     decoder[-1:] = ["norm_out", "conv_out"]
     encoder = ["", *(f"encoder.{x}" for x in encoder), "quant_conv"]
     decoder = ["post_quant_conv", *(f"decoder.{x}" for x in decoder)]
-    found = {"extractor.cnn": UNITS + "image_encoder.encoder", "vqgan.latent_std": "scale_factor",
-             "extractor.to_scalars": UNITS + "image_encoder.fc", "unet.up": UNET + "output_blocks",
-             "unet.middle": UNET + "middle_block", "unet.conv_in": UNET + "input_blocks.0.0",
-             "unet.norm_out": UNET + "out.0", "unet.conv_out": UNET + "out.2",
-             "unet.time_mlp": UNET + "time_embed",
-             "vqgan.codebook.codes": STAGE1 + "quantize.embedding.weight"}
-    found |= {f"vqgan.encoder.{i}": STAGE1 + name for i, name in enumerate(encoder)}
-    found |= {f"vqgan.decoder.{i}": STAGE1 + name for i, name in enumerate(decoder)}
-    return found | {f"unet.down.{i}": f"{UNET}input_blocks.{i + 1}" for i in range(11)}
+    return {
+        "extractor.cnn": UNITS + "image_encoder.encoder", "vqgan.latent_std": "scale_factor",
+        "extractor.to_scalars": UNITS + "image_encoder.fc", "unet.up": UNET + "output_blocks",
+        "unet.middle": UNET + "middle_block", "unet.conv_in": UNET + "input_blocks.0.0",
+        "unet.norm_out": UNET + "out.0", "unet.conv_out": UNET + "out.2",
+        "unet.time_mlp": UNET + "time_embed",
+        "vqgan.codebook.codes": STAGE1 + "quantize.embedding.weight",
+        **{f"vqgan.encoder.{i}": STAGE1 + name for i, name in enumerate(encoder)},
+        **{f"vqgan.decoder.{i}": STAGE1 + name for i, name in enumerate(decoder)},
+        **{f"unet.down.{i}": f"{UNET}input_blocks.{i + 1}" for i in range(11)}}
 
 
 def their_names(name, n_units):
@@ -129,9 +123,8 @@ def convert(path, dataset):
     for name in weights:
         if name.startswith((UNITS, STAGE1, UNET)) and name not in used:
             raise data.UserError(f"{path}: {name} has no place in the networks of dis-dis")
-    cfg |= {"dataset": dataset, "source": "auto"}
-    return {"format": train.FORMAT, "stage": 2, "config": cfg, "model": state, "average": state,
-            "seen": None, "minutes": None}
+    return {"format": train.FORMAT, "stage": 2, "model": state, "average": state, "seen": None,
+            "minutes": None, "config": cfg | {"dataset": dataset, "source": "auto"}}
 
 
 def main():

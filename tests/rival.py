@@ -4,12 +4,11 @@
     python tests/rival.py --method factorvae --minutes 45 --out out/factorvae/codes.npz
     python evaluate.py --codes out/factorvae/codes.npz --dataset shapes3d
 
-The extractor tells mean and log variance of z (B, U), and a decoder draws the image from z. With
---plug_in (Table 3) each z_u goes through a private MLP, and the decoder gets aligned units c~
-(B, U, 32); with --plug_in --dyga.lam 0 the same without anchors. Other flags are train.py's, with
-the laptop preset's values (Muon; the papers': --optimizer adamw --lr 1e-4).
+The extractor tells mean and log variance of z (B, U), a decoder draws the image from z. --plug_in
+(Table 3): each z_u goes through a private MLP, the decoder gets aligned units c~ (B, U, 32), or
+with --dyga.lam 0 unaligned ones. Other flags are train.py's, with the laptop preset's values (Muon;
+the papers': --optimizer adamw --lr 1e-4).
 """
-
 import math
 import shlex
 import sys
@@ -38,10 +37,10 @@ def reconstruction(logits, images):
 
 
 def decompose(q, z):
-    """Normals q(z|x) of a batch, z (B, U) from them -> index-code mutual information, total
-    correlation, dimension-wise KL (Chen et al.), by minibatch-weighted sampling; together the KL.
-    Paper: divides by B times the number of images; here by B, with the same gradient: in a large
-    batch the total correlation is the true one."""
+    """Normals q(z|x) of a batch, z (B, U) from them -> the KL's three parts: index-code mutual
+    information, total correlation, dimension-wise KL, by minibatch-weighted sampling (Chen et al.).
+    Paper: divides by B times the number of images; here by B, for the true total correlation in a
+    large batch, with the same gradient."""
     log_q = q.log_prob(z[:, None])  # (B, B, U): z of row i under q(z | image j)
     log_qz = log_q.sum(2).logsumexp(1) - math.log(len(z))  # (B,)
     log_marginals = (log_q.logsumexp(1) - math.log(len(z))).sum(1)  # (B,)
@@ -62,7 +61,6 @@ def permute_dims(z):
 
 class Rival(nn.Module):
     """Encoder, decoder, FactorVAE's discriminator, DyGA if asked for. cfg: see parse()."""
-
     seed_of = train.Run.seed_of  # the same rule, so the same images and the same batches
 
     def __init__(self, cfg):
@@ -80,13 +78,12 @@ class Rival(nn.Module):
             nn.Unflatten(1, (128, 4, 4)), nn.ConvTranspose2d(128, 128, 4, 2, 1), nn.ReLU(),
             nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(),
             nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(32, 3, 4, 2, 1),  # (B, 3, 64, 64)
-        )
+            nn.ConvTranspose2d(32, 3, 4, 2, 1))  # (B, 3, 64, 64)
         layers = []  # of the discriminator. Paper: six of 1,000; here four of 256, for time
         for d_in in (U, 256, 256, 256):
             layers += [nn.Linear(d_in, 256), nn.LeakyReLU(0.2)]
-        layers.append(nn.Linear(256, 2))
-        self.disc = nn.Sequential(*layers) if cfg["method"] == "factorvae" else None
+        factor_vae = cfg["method"] == "factorvae"
+        self.disc = nn.Sequential(*layers, nn.Linear(256, 2)) if factor_vae else None
 
     def encode(self, images):
         """Images uint8 (B, 3, 64, 64) -> q(z|x): normals (B, U)."""
@@ -128,7 +125,7 @@ def fit(model, ds):
     if model.disc:
         adam = torch.optim.Adam(model.disc.parameters(), 1e-4, (0.5, 0.9))
     seen, progress, rows = 0, 0.0, []
-    start = printed = time.perf_counter()
+    start, printed = time.perf_counter(), 0.0
     while progress < 1:
         torch.manual_seed(model.seed_of(2, seen, 0))
         idx = torch.randint(len(pool), (batch,), device=ds.device)  # (B,)
@@ -150,14 +147,13 @@ def fit(model, ds):
         if cfg["plug_in"] and cfg["dyga.lam"] and seen % len(pool) < batch:  # an epoch is over
             units = model.encoder.expand(model.means(ds, fit_idx)).detach()  # (n, U, D)
             model.dyga.fit(units, torch.Generator().manual_seed(model.seed_of(3, seen)))
-        now = time.perf_counter()
-        minutes = (now - start) / 60
+        minutes = (time.perf_counter() - start) / 60
         progress = minutes / cfg["minutes"] if cfg["minutes"] else seen / cfg["images"]
-        if now - printed > 60 or progress >= 1:
+        if minutes - printed > 1 or progress >= 1:
             error, kl, tc = torch.stack(rows).mean(0).tolist()  # since the last line
             print(f"{minutes:.1f} minutes, {seen:,} images: reconstruction {error:.1f}, "
                   f"KL {kl:.2f}, TC {tc:.2f}", flush=True)
-            printed, rows = now, []
+            printed, rows = minutes, []
 
 
 def parse():

@@ -1,9 +1,6 @@
 """Facts about runs that go wrong: killed, out of disk, damaged checkpoints, not finite; and runs of
-two processes. A run is a fork of this process, which has torch and the images in memory already: a
-short course then takes a few seconds, and a kill is a real one.
-"""
-
-import io
+two processes. A run is a fork of this process, whose torch and images it has in memory already: a
+short course then takes a few seconds, and a kill is a real one."""
 import itertools
 import json
 import math
@@ -30,32 +27,35 @@ SMALL = ("--dataset shapes3d --preset tiny --device cpu --fit_images 100 --ddim_
 SHORT = SMALL + "--stage1.images 48 --images 128 --pool_images 64 --optimizer muon".split()
 
 
-def start(out, *flags, prepare=lambda: None, **environment):
-    """Run train.py in a process of its own, after prepare() -> the process, at once."""
-    def course():
-        os.environ.update(environment)
-        sys.argv = ["train.py", "--out", str(out), *map(str, flags)]
-        sys.stdout = sys.stderr = open(f"{out}-{environment.get('RANK', 0)}.txt", "w", buffering=1)
+def run(out, *flags, processes=1, prepare=lambda: None):
+    """train.py in so many processes, the last one after prepare() -> their exit codes, or minus the
+    signals that killed them."""
+    def course(rank):
+        if processes > 1:  # what torchrun sets
+            os.environ.update(
+                WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                TORCHELASTIC_RUN_ID="test", RANK=str(rank), LOCAL_RANK=str(rank))
+        sys.argv = ["train.py", "--out", str(out), *flags]
+        sys.stdout = sys.stderr = open(f"{out}-{rank}.txt", "w", buffering=1)
         # A row and a checkpoint after every step; no pictures, which nothing here looks at.
         train.LOG_STEPS, train.SAVE_MINUTES, train.Run.picture = 1, -1, lambda run: None
-        prepare()
+        if rank == processes - 1:
+            prepare()
         data.run(train.main)
 
     data.weight_maps()  # what is slow at first: a fork finds it done
     torch.optim.Adam([torch.zeros(1)])
-    process = multiprocessing.get_context("fork").Process(target=course)
-    process.start()
-    return process
-
-
-def end(process):
-    """Wait for a run: its exit code, or minus the signal that killed it."""
-    process.join()
-    return process.exitcode
+    port = str(random.randrange(20_000, 30_000))  # no program is given one of these by chance
+    fork = multiprocessing.get_context("fork")
+    forks = [fork.Process(target=course, args=[rank]) for rank in range(processes)]
+    for process in forks:
+        process.start()
+    for process in forks:
+        process.join()
+    return [process.exitcode for process in forks]
 
 
 def said(out, rank=0):
-    """What a run printed."""
     return Path(f"{out}-{rank}.txt").read_text()
 
 
@@ -80,23 +80,20 @@ def die_writing_the_log(run, **row):
     signal.raise_signal(KILL)
 
 
-def rows(out):
-    found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [row | {"minutes": 0} for row in found]
-
-
 def left(out):
-    """What a run leaves: weights, averages, anchors, optimisers, place; settings; log. Not what the
-    clock decides."""
+    """What a run leaves, but for what the clock decides: weights, averages, anchors, optimisers,
+    place; settings; log."""
     ckpt = train.read_checkpoint(out / "ckpt.pt") | {"minutes": 0, "log_bytes": 0}
-    return ckpt, ckpt.pop("config") | {"out": "", "resume": 0}, rows(out)
+    log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    settings = ckpt.pop("config") | {"out": "", "resume": 0}
+    return ckpt, settings, [row | {"minutes": 0} for row in log]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nobody disturbed."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert end(start(out, *SHORT)) == 0, said(out)
+    assert run(out, *SHORT) == [0], said(out)
     return out
 
 
@@ -118,12 +115,12 @@ def whole(tmp_path_factory):
 def test_a_run_killed_stopped_out_of_disk_or_not_finite_resumes_and_ends_like_one_that_was_not(
         moment, code, words, place, whole, tmp_path):
     out, files = tmp_path / "run", {"ckpt.pt", "log.jsonl"}
-    assert end(start(out, *SHORT, prepare=at_call(*moment))) == code, said(out)
+    assert run(out, *SHORT, prepare=at_call(*moment)) == [code], said(out)
     assert re.search(words, said(out)) and said(out).count("error: ") == (code == 2)
     ckpt = train.read_checkpoint(out / "ckpt.pt")
     assert (ckpt["stage"], ckpt["seen"][2]) == place
     assert code < 0 or set(os.listdir(out)) == files
-    assert end(start(out, *SHORT, "--resume")) == 0, said(out)
+    assert run(out, *SHORT, "--resume") == [0], said(out)
     (ours, *settings), (theirs, *others) = left(out), left(whole)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)  # bit for bit
     assert settings == others and ours["average"]["dyga.mask"].any()
@@ -135,21 +132,21 @@ def test_a_folder_of_any_name_is_refused_while_a_run_writes_there_and_taken_when
     out.mkdir()
     held = train.lock(out / "log.jsonl")
     (out / ".123-ckpt.pt").write_text("what the first run is writing")
-    assert end(start(out, *SHORT)) == 2
+    assert run(out, *SHORT) == [2]
     assert said(out).count("\n") == 1 and "another run writes there" in said(out)
     assert (out / ".123-ckpt.pt").exists()
     held.close()  # as when its process ends
-    assert end(start(out, *SHORT, "--stage1_only")) == 0, said(out)
+    assert run(out, *SHORT, "--stage1_only") == [0], said(out)
 
 
 def test_a_damaged_or_foreign_file_is_refused_or_as_it_was_and_no_code_in_it_runs(tmp_path):
     path, trap, draw = tmp_path / "ckpt.pt", tmp_path / "executed", random.Random(0)
     weights = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    settings = train.default_settings()
 
     def saved(config, number=train.FORMAT, **how):
-        file = io.BytesIO()
-        torch.save({"format": number, "config": config, "model": weights}, file, **how)
-        return file.getvalue()
+        torch.save({"format": number, "config": config, "model": weights}, path, **how)
+        return path.read_bytes()
 
     def refused(content):
         """The one line that refuses a file of this content; "" if it is read, as it was."""
@@ -162,16 +159,15 @@ def test_a_damaged_or_foreign_file_is_refused_or_as_it_was_and_no_code_in_it_run
         assert torch.equal(found["model"], weights) and found["config"] == settings
         return ""
 
-    settings = train.default_settings()
     raw = saved(settings)
     hostile = type("Hostile", (), {"__reduce__": lambda _: (os.system, (f"touch {trap}",))})()
     for content in [b"", b"hello\n", bytes(range(256)) * 40, pickle.dumps(hostile),
                     saved(hostile),  # a valid zip, all checksums right
                     saved(hostile, _use_new_zipfile_serialization=False),
                     *(raw[:n] for n in range(0, len(raw), len(raw) // 40))]:
-        assert "damaged" in refused(content) and not trap.exists()
+        assert "cannot be read as a checkpoint" in refused(content) and not trap.exists()
     for number in (train.FORMAT - 1, None):
-        assert f"format {train.FORMAT}" in refused(saved(settings, number))
+        assert f"format {number}, expected {train.FORMAT}" in refused(saved(settings, number))
     places = [raw.index(weights.numpy().tobytes()) + 100, *draw.choices(range(len(raw)), k=100)]
     lines = []
     for place in places:  # flip a bit: in a weight, or in padding, or in a date
@@ -184,35 +180,24 @@ def test_a_damaged_or_foreign_file_is_refused_or_as_it_was_and_no_code_in_it_run
 @pytest.mark.parametrize("name, wrong", [("stage", "two"), ("optimizer 0", None), ("model", {})])
 def test_a_checkpoint_with_a_wrong_part_is_refused_in_one_line(
         name, wrong, whole, tmp_path, main, capsys):
-    ckpt = train.read_checkpoint(whole / "ckpt.pt")
-    torch.save(ckpt | {name: wrong}, tmp_path / "ckpt.pt")
+    torch.save(train.read_checkpoint(whole / "ckpt.pt") | {name: wrong}, tmp_path / "ckpt.pt")
     assert main(train, "--out", tmp_path, "--resume") == 2
     assert re.fullmatch("error: .*not as this train.py wrote it.*\n", capsys.readouterr().err)
 
 
-def end_of_two(out, *flags, second=lambda: None):
-    """Exit codes of a run of two processes, the second one after second()."""
-    port = str(random.randrange(20_000, 30_000))  # no program is given one of these by chance
-    meeting = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                   TORCHELASTIC_RUN_ID="test")  # what torchrun sets
-    both = [start(out, *flags, prepare=prepare, RANK=rank, LOCAL_RANK=rank, **meeting)
-            for rank, prepare in (("0", lambda: None), ("1", second))]
-    return [end(process) for process in both]
-
-
 def test_two_processes_learn_as_one_does_one_of_them_writes_and_none_waits_for_one_that_dies(
         tmp_path):
+    one, two, dying = (tmp_path / name for name in ("one", "two", "dying"))
     flags = SMALL + "--stage1.images 16 --images 1280 --pool_images 640".split()
-    assert end_of_two(tmp_path / "two", *flags) == [0, 0], said(tmp_path / "two")
-    assert said(tmp_path / "two", rank=1) == ""  # one process speaks
-    assert end(start(tmp_path / "one", *flags)) == 0, said(tmp_path / "one")
-    one, two = ([row for row in rows(tmp_path / name) if "loss" in row] for name in ("one", "two"))
-    assert [(row["images"], row["mean_delta"] > 0) for row in one] == [
-        (row["images"], row["mean_delta"] > 0) for row in two]
+    assert run(two, *flags, processes=2) == [0, 0], said(two)
+    assert said(two, rank=1) == ""  # one process speaks
+    assert run(one, *flags) == [0], said(one)
+    logs = [[row for row in left(out)[-1] if "loss" in row] for out in (one, two)]
+    ours, theirs = ([(row["images"], row["mean_delta"] > 0) for row in log] for log in logs)
+    assert ours == theirs
     for part in (slice(0, 10), slice(30, 40)):  # another draw of images and noise, the same fall
-        ours, theirs = (sum(row["loss"] for row in found[part]) / 10 for found in (one, two))
+        ours, theirs = (sum(row["loss"] for row in log[part]) / 10 for log in logs)
         assert theirs == pytest.approx(ours, rel=0.1)
-
     dies = at_call(train, "diffusion_loss", 2, KILL)
-    assert end_of_two(tmp_path / "run", *SHORT, second=dies) == [1, -KILL]
-    assert train.read_checkpoint(tmp_path / "run" / "ckpt.pt")["seen"][2] == 32
+    assert run(dying, *SHORT, processes=2, prepare=dies) == [1, -KILL]
+    assert train.read_checkpoint(dying / "ckpt.pt")["seen"][2] == 32

@@ -1,9 +1,5 @@
-"""Does a line mix tensors of two devices? train.py and evaluate.py on a pretended GPU.
-
-A Pretended tensor says that it is on cuda:0, its numbers are in a CPU tensor: all is computed. Not
-seen: official files, torchrun, bfloat16 (torch refuses it without a GPU), what CUDA lacks.
-"""
-
+"""Does a line mix tensors of two devices? train.py and evaluate.py on a pretended GPU. Not seen:
+official files, torchrun, bfloat16 (torch refuses it without a GPU), what CUDA lacks."""
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,7 +20,6 @@ TRAIN = ("--dataset shapes3d --source rendered --vary shape,scale,orientation --
 
 class Pretended(torch.Tensor):
     """A tensor that says it is on cuda:0; its numbers are in the CPU tensor `held`."""
-
     device, is_meta = torch.device("cuda:0"), False  # what Python code is told
     __torch_dispatch__ = "must be there, but Pretence comes first"
 
@@ -53,7 +48,6 @@ def indices(place):
 
 class Pretence(TorchDispatchMode):
     """Every operation of torch comes by here: computed on what is held, refused if it mixes."""
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         there, here = {}, []  # pretended tensors by what they hold; the CPU's
 
@@ -111,8 +105,8 @@ def test_too_large_a_step_is_one_line_and_no_line_of_a_run_resumption_or_evaluat
         patch.setattr(train, "fit_anchors", lambda run, *_: setattr(run, "stopped_by", 15))
         assert main(train, *TRAIN, *here) == 130
     assert main(train, *TRAIN, *here, "--resume") == 0
-    parts = "mig,control,figures"
-    assert main(evaluate, tmp_path / "ckpt.pt", "--quick", "--only", parts, *here[:2]) == 0
+    only = ["--quick", "--only", "mig,control,figures", "--device", "cuda:0"]
+    assert main(evaluate, tmp_path / "ckpt.pt", *only) == 0
     model, ckpt = train.load_checkpoint(tmp_path / "ckpt.pt", torch.device("cuda:0"))
     assert ckpt["finished"]
     z0, net = model.noise(2, torch.Generator()), lambda z_t, t, c_tilde: z_t

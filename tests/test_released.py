@@ -1,6 +1,5 @@
 """tests/released.py: a file in the layout of the paper's code gives what that code's networks give,
 by a plain reading of them: names, shapes, results of test_released.py of commit 97270dc, pinned."""
-
 import hashlib
 import zlib
 
@@ -66,7 +65,7 @@ def test_every_network_of_a_converted_file_computes_what_theirs_does_and_gets_sc
         x = x.flatten()
         assert [x[0], x[len(x) // 2 + 5], x[-1], x.std()] == pytest.approx(pinned[name], abs=5e-4)
     if averaged:
-        only = ["--quick", "--only", "modularity", "--device", "cpu"]
+        only = "--quick --only modularity --device cpu".split()
         assert main(evaluate, tmp_path / "ckpt.pt", *only) == 0
         assert "No anchors" in capsys.readouterr().out
 
