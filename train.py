@@ -5,7 +5,7 @@
     python train.py --dataset shapes3d --resume          # go on from the checkpoint in --out
     torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
-It writes to --out (default out/DATASET-PRESET) ckpt.pt, all that evaluate.py and --resume need,
+It writes to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and --resume need),
 log.jsonl and samples.png. One step of stage 2, as data sees it:
 
     image x0 -> extractor -> c (B, N, D) -> dyga.align -> c~ (B, N, D) ------.
@@ -90,7 +90,7 @@ PRESETS = {
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
     # Beyond the paper: redundant units are silenced (dyga.py, informative_units). Half-way, when
     # most factors are told: earlier, scale and shape were still told by one unit. Once more, with
-    # a stricter limit, at 70%: half-way, that would have silenced scale in one run of five.
+    # a stricter limit, at 70%: at 59% it would have silenced scale in two runs of four.
     --select_at 0.5 0.7 --select_most 0.8 0.75
 
     # Each of 48,000 images (a tenth of Shapes3D) comes five times, on average. So stage 1's encoder

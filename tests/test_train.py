@@ -165,6 +165,7 @@ def test_every_number_of_a_flag_runs_or_is_refused(value, main, monkeypatch, tmp
     ("--vqgan.patch 3", ["--vqgan.patch", "64", "a multiple of 12"]),
     ("--unet.multipliers 1 1 1 1 1", ["--unet.multipliers", "multiple of 128"]),
     ("--extractor.channels 4 4 4 4 4 4", ["--extractor.channels", "halvings"]),
+    ("--select_at 0.5 0.7", ["--select_at", "--select_most", "a limit for each time"]),
     ("--out run", ["add --resume"]),
     *((f"--out run --resume {flag}", [flag.split()[0].replace("no-", ""), f"began with {held};"])
       for flag, held in [("--images 640", 320), ("--seed 1", 0), ("--preset laptop", "tiny"),
