@@ -483,7 +483,7 @@ class Run:
 
 
 def read_checkpoint(path):
-    """A checkpoint of this code, read safely -> dict. UserError for anything else."""
+    """A checkpoint of this code, read safely -> dict. FileNotFoundError; UserError: another file."""
     try:
         # torch.load ignores the file's checksums: a flipped bit would become a wrong weight.
         with zipfile.ZipFile(path) as archive:
@@ -495,7 +495,7 @@ def read_checkpoint(path):
         return ckpt
     except FileNotFoundError:  # the system's own words name the file
         raise
-    except Exception as error:  # foreign bytes fail in any way; nothing of ours is inside this try
+    except Exception as error:  # foreign bytes fail in any way
         reason = str(error).partition("\n")[0]  # torch says much more
         raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: "
                         f"{reason}); expected a whole ckpt.pt of this version of train.py "
