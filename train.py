@@ -483,7 +483,7 @@ class Run:
 
 
 def read_checkpoint(path):
-    """A checkpoint of this code, read safely -> dict. FileNotFoundError; UserError: another file."""
+    """A checkpoint of this code, read safely -> dict. UserError: foreign, damaged, or older."""
     try:
         # torch.load ignores the file's checksums: a flipped bit would become a wrong weight.
         with zipfile.ZipFile(path) as archive:
