@@ -325,17 +325,21 @@ def cost(x, m, J):
     square = x.square().sum(-1)[..., None, :] - 2 * m.mu @ x.mT  # (K, n)
     square += m.mu.square().sum(-1)[..., None]
     out = square / m.b[..., None] + constant[..., None]
+    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0)  # (K, D); a_kj < b_k only by rounding
     for j in range(J):
-        q = m.q[..., j]  # (K, D)
+        q = m.q[..., j] * weight[..., j, None].sqrt()  # (K, D)
         y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
-        out += y.square() * (1 / m.a[..., j] - 1 / m.b)[..., None]
+        out -= y.square()
     return out
 
 
 def e_step(x, m):
     """Responsibilities r (K, n), equation 4, and the log-likelihood, a float."""
     log_density = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
-    return log_density.softmax(0), log_density.logsumexp(0).sum(dtype=torch.float64).item()
+    r = log_density.softmax(0)
+    # r of the likeliest component is its density over that of all.
+    likelihood = log_density.amax(0) - r.amax(0).log()  # (n,): logsumexp, but cheaper
+    return r, likelihood.sum(dtype=torch.float64).item()
 
 
 def m_step(x, r, d_least, d_max):
