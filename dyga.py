@@ -418,42 +418,38 @@ def clusters(x, m):
 # ---- Beyond the paper: which units to keep -------------------------------------------------------
 
 
-def informative_units(s, most, bins=20):
+def informative_units(s, least, bins=20):
     """Which units are not redundant. s: scalars (n, N), n some thousands -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
-    Training often spreads one hue over three units, each a smooth and folded reading of the
-    colour, as nothing asks for fewer. So units are chosen one by one (forward selection): each time
-    the one that, with those chosen before, explains most of the variance of all scalars (not
-    standardised: large ones count more). A unit is redundant, and no candidate any more, once some
-    function of its scalar correlates by more than `most` with a sum of functions of the chosen
-    ones' (the largest canonical correlation). Why functions: the cosine of a hue's angle does not
-    correlate with its sine, but their squares do. They are step functions, with as many images in
-    each of their `bins` steps.
+    Training often spreads one hue over three units, each another reading of the colour, as nothing
+    asks for fewer. So units are taken one by one (forward selection): each time the one that, with
+    those chosen before, explains most of the variance of all scalars (not standardised: large ones
+    count more). It is chosen if it adds something (`added`, a share of that variance) and is no
+    copy (`known`, the share of its own functions that the chosen units explain): added >= least *
+    known. Explained means by the best sum of functions of the units' scalars, since two readings of
+    one colour need not correlate: step functions, with as many images in each of `bins` steps.
     """
-    n = len(s)
-    candidates = (s.std(0) > 1e-4).nonzero().flatten().tolist()  # not: constant units
-    s = s - s.mean(0)
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
-    onehot = nn.functional.one_hot(rank * bins // n, bins) - 1 / bins  # (n, N, bins)
-    chosen = []
+    steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
+    s = s - s.mean(0)
 
     def explained(y, units):
-        """Ridge regression of y (n, Y) on these units: products (Y, Y) of y and its fit."""
-        x = onehot[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
-        gram = x.T @ x + torch.eye(x.shape[1], device=x.device)
-        return y.T @ x @ torch.linalg.solve(gram, x.T @ y)
+        """Share of the variance of y (n, Y) that these units explain, by ridge regression."""
+        x = steps[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
+        gram = x.T @ x  # (U*bins, U*bins)
+        gram.diagonal().add_(1)
+        xy = x.T @ y  # (U*bins, Y)
+        return (xy * torch.linalg.solve(gram, xy)).sum() / y.square().sum()
 
-    def redundant(u):
-        # The step functions of u are uncorrelated, each of variance 1 / bins (but for their sum,
-        # which is constant). So the explained part of their covariance, times bins, has the
-        # squares of the canonical correlations as its eigenvalues.
-        squares = torch.linalg.eigvalsh(explained(onehot[:, u], chosen) * bins / n)  # (bins,)
-        return squares[-1] > most ** 2  # the largest
-
-    while candidates:  # what is redundant stays so as more units are chosen
-        chosen.append(max(candidates, key=lambda u: explained(s, [*chosen, u]).trace()))
-        candidates = [u for u in candidates if u != chosen[-1] and not redundant(u)]
+    chosen, candidates = [], set(range(s.shape[1]))
+    while candidates:
+        best = max(candidates, key=lambda u: explained(s, [*chosen, u]))
+        added = explained(s, [*chosen, best]) - explained(s, chosen)
+        known = explained(steps[:, best], chosen)
+        candidates.remove(best)  # also if redundant: it stays so as more units are chosen
+        if added >= least * known:
+            chosen.append(best)
     return sorted(chosen)
 
 

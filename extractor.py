@@ -46,12 +46,15 @@ class Extractor(nn.Module):
         unit_relu: end every unit in a ReLU, as Table 9 does. About half of a unit's numbers are
             then exactly 0, and equation 6 divides by them: it hardly moves such units, whatever
             the least denominator (dyga.py). So the laptop preset leaves the ReLU out.
+        unit_line: beyond the paper, add a straight line to each private MLP, c = MLP(s) + s w + b
+            (a skip connection around it). MLPs alone bent most units into a V, on which two values
+            of a factor fall together; then a second and a third unit is needed to tell them apart.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
     """
 
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
-                 fsq_levels=()):
+                 unit_line=False, fsq_levels=()):
         super().__init__()
         self.shrink = shrink
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
@@ -82,6 +85,7 @@ class Extractor(nn.Module):
         for d_in, d_out in zip(widths[:-1], widths[1:]):
             layers += [UnitLinear(n_units, d_in, d_out), nn.ReLU()]
         self.unit_mlp = nn.Sequential(*layers if unit_relu else layers[:-1])
+        self.unit_line = UnitLinear(n_units, 1, unit_dim) if unit_line else None
         self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
         # Beyond the paper: which units are not silenced for good (dyga.py, informative_units).
         self.register_buffer("kept", torch.ones(n_units, dtype=torch.bool))
@@ -94,7 +98,10 @@ class Extractor(nn.Module):
 
     def expand(self, s):
         """Scalars s (B, N) -> units c (B, N, D), each through its private MLP."""
-        c = self.unit_mlp(s.t().unsqueeze(-1))  # (N, B, 1) -> (N, B, D)
+        s = s.t().unsqueeze(-1)  # (N, B, 1)
+        c = self.unit_mlp(s)  # (N, B, D)
+        if self.unit_line:
+            c = c + self.unit_line(s)
         return self.fsq(c.transpose(0, 1))  # (B, N, D)
 
     def forward(self, x):

@@ -61,7 +61,7 @@ PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is,
 PRESETS = {
     "paper": "",
     "laptop": """
-    # For a laptop's CPU: the paper's method and a selection of units; other sizes, other optimiser.
+    # For a laptop's CPU: the paper's method with two additions; other sizes, other optimiser.
     #
     # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per image.
     # It works on patches of 8x8 pixels, at one level, and spends the time that this saves on width.
@@ -72,9 +72,9 @@ PRESETS = {
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
 
     # The extractor sees the image at 32x32, and is at most a quarter as wide, for time. No ReLU at
-    # the end of a unit (see Extractor).
+    # the end of a unit, and, beyond the paper, a straight line in it (see Extractor).
     --extractor.shrink 2 --extractor.channels 16 32 64 64 --extractor.hidden 256 128
-    --extractor.unit_hidden 64 128 --no-extractor.unit_relu
+    --extractor.unit_hidden 64 128 --no-extractor.unit_relu --extractor.unit_line
 
     # Half as wide, two levels in place of four, for time. Transformers at 4x4 only (2 is the
     # downsampling factor): at 8x8 attention stays uniform, so nothing is looked up there. By the
@@ -89,14 +89,13 @@ PRESETS = {
     --optimizer muon --t_sampling logit_normal --loss mse
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
     # Beyond the paper: redundant units are silenced (dyga.py, informative_units). Half-way, when
-    # most factors are told: earlier, scale and shape were still told by one unit. Once more, with
-    # a stricter limit, at 70%: at 59% it would have silenced scale in two runs of four.
-    --select_at 0.5 0.7 --select_most 0.8 0.75
+    # every factor is told by some unit, and again when the kept ones have had time to change.
+    --select_at 0.5 0.7
 
-    # Each of 48,000 images (a tenth of Shapes3D) comes five times, on average. So stage 1's encoder
-    # costs a fifth, and anchors, fitted once an epoch, have time to act. The moving average is
-    # short, like the run.
-    --images 240000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
+    # Each of 48,000 images (a tenth of Shapes3D) comes three and a half times, on average, which
+    # saves stage 1's encoder, and anchors, fitted once an epoch, have time to act. The moving
+    # average is short, like the run.
+    --images 168000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
     "tiny": """
     # For the tests: both stages and anchors in seconds, the discriminator too; nothing is learnt.
@@ -251,9 +250,8 @@ def train_stage2(run):
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
         # Beyond the paper: from here on without redundant units.
-        for share, most in zip(cfg["select_at"], cfg["select_most"]):
-            if now < share * total <= seen:
-                select_units(run, seen, most)
+        if any(now < share * total <= seen for share in cfg["select_at"]):
+            select_units(run, seen)
         if seen // fit_every > now // fit_every:
             fit_anchors(run, model, seen)
         run.after_step(batch, row)
@@ -275,11 +273,11 @@ def encode_pool(run):
 
 
 @torch.no_grad()
-def select_units(run, seen, most):
+def select_units(run, seen):
     """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
     s = [run.average.extractor.scalars(to_float(run.ds.images(idx)))
          for idx in run.fit_idx.split(500)]
-    kept = informative_units(torch.cat(s), most)
+    kept = informative_units(torch.cat(s), run.cfg["select_least"])
     for model in (run.model, run.average):
         model.extractor.kept.zero_()
         model.extractor.kept[kept] = True
@@ -557,7 +555,7 @@ clip                   0.0        0..1e6     largest gradient norm; 0 does not c
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
 select_at              0.0,       0..1       at these shares of the course silence redundant units
-select_most            0.8,       0..1       with a larger correlation a unit is redundant, at each
+select_least           0.5        0..1e6     how much a kept unit adds, at least, for what was known
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -576,6 +574,7 @@ extractor.hidden       *          1..1e5     widths of the dense layers
 extractor.unit_hidden  *          1..1e5     widths of a unit's private MLP
 extractor.shrink       *          1..64      average this many pixels squared first (paper: 1)
 extractor.unit_relu    *          0..1       end every unit in a ReLU
+extractor.unit_line    *          0..1       beyond the paper: add a straight line to every unit
 extractor.fsq_levels   *          2..1000    Table 11's rival of DyGA: 8 5 5, with --dyga.lam 0
 dyga.k_init            *          1..1024    anchors a unit to start with
 dyga.k_max             *          1..1024    anchors a unit at most
@@ -643,11 +642,6 @@ def within(kind, limits):
     return number
 
 
-def default_settings():
-    """Every setting's default, the paper's value: {name: value}."""
-    return vars(build_parser().parse_args([]))
-
-
 def parse():
     """The command line -> settings (a plain dict), device, checkpoint to resume or None."""
     parser = build_parser()
@@ -691,9 +685,6 @@ def refuse_contradictions(cfg, begun, ckpt):
 
 def check_settings(cfg, world):
     """UserError for numbers that do not fit each other."""
-    if len(cfg["select_at"]) > len(cfg["select_most"]):
-        raise UserError(f"--select_at {cfg['select_at']} --select_most {cfg['select_most']}: "
-                        "expected a limit for each time")
     levels = len(cfg["vqgan.multipliers"]) + len(cfg["unet.multipliers"])
     shrunk = cfg["extractor.shrink"] * 2 ** (len(cfg["extractor.channels"]) - 1)
     unit = math.lcm(2, cfg["unet.groups"], cfg["unet.heads"])

@@ -51,7 +51,7 @@ def settings(take):
         return [take(f"{name}.{i}.bias").numel() for i in places]
     *hidden, n_units = widths(f"{UNITS}image_encoder.fc", (0, 2, 4))
     *unit_hidden, unit_dim = widths(f"{UNITS}mlps.0.layers", (0, 2, 4))
-    return train.default_settings() | {
+    return vars(train.build_parser().parse_args([])) | {
         "extractor.channels": widths(f"{UNITS}image_encoder.encoder", (0, 3, 6, 9, 12)),
         "extractor.hidden": hidden, "extractor.n_units": n_units,
         "extractor.unit_hidden": unit_hidden, "extractor.unit_dim": unit_dim,

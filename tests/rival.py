@@ -68,10 +68,12 @@ class Rival(nn.Module):
         self.cfg, U = cfg, cfg["units"]
         sizes = train.part(cfg, "extractor")
         self.encoder = train.Extractor(**sizes | {"n_units": 2 * U})  # means, log variances
-        self.encoder.unit_mlp, self.dyga, D = nn.Identity(), None, 1
+        self.encoder.unit_mlp, self.encoder.unit_line = nn.Identity(), None
+        self.dyga, D = None, 1
         if cfg["plug_in"]:
             D = cfg["extractor.unit_dim"]
-            self.encoder.unit_mlp = train.Extractor(**sizes | {"n_units": U}).unit_mlp  # U, not 2U
+            units = train.Extractor(**sizes | {"n_units": U})  # U of them, not 2U
+            self.encoder.unit_mlp, self.encoder.unit_line = units.unit_mlp, units.unit_line
             self.dyga = train.DyGA(U, D, **train.part(cfg, "dyga"))
         self.decoder = nn.Sequential(  # the papers' one, of the U-Net's size
             nn.Linear(U * D, 256), nn.ReLU(), nn.Linear(256, 128 * 4 * 4), nn.ReLU(),

@@ -142,7 +142,7 @@ def test_a_folder_of_any_name_is_refused_while_a_run_writes_there_and_taken_when
 def test_a_damaged_or_foreign_file_is_refused_or_as_it_was_and_no_code_in_it_runs(tmp_path):
     path, trap, draw = tmp_path / "ckpt.pt", tmp_path / "executed", random.Random(0)
     weights = torch.randn(200, generator=torch.Generator().manual_seed(0))
-    settings = train.default_settings()
+    settings = vars(train.build_parser().parse_args([]))
 
     def saved(config, number=train.FORMAT, **how):
         torch.save({"format": number, "config": config, "model": weights}, path, **how)

@@ -32,6 +32,13 @@ def test_a_unit_depends_on_its_own_scalar_only_and_ends_in_a_relu_only_if_asked(
     assert (net.expand(torch.randn(50, 4)) >= 0).all() == asked
 
 
+def test_the_line_adds_a_multiple_of_the_scalar_in_one_direction_to_each_unit():
+    net, s = small(unit_line=True), torch.randn(5, 4)
+    c = net.unit_mlp(s.T[..., None]).transpose(0, 1)  # (B, N, D), by the private MLPs alone
+    line = s[..., None] * net.unit_line.weight[:, 0] + net.unit_line.bias[:, 0]  # (B, N, D)
+    torch.testing.assert_close(net.expand(s), c + line)
+
+
 def test_a_unit_that_is_not_kept_says_the_same_of_every_image():
     net, x = small(), torch.randn(5, 3, 64, 64)
     net.kept[1] = False

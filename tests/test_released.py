@@ -20,7 +20,7 @@ Z = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16)
 @pytest.fixture(scope="module")
 def theirs():
     """{name: weight} of a file with 3 units of 8 numbers, a narrow extractor and U-Net."""
-    cfg = train.default_settings() | {
+    cfg = vars(train.build_parser().parse_args([])) | {
         "extractor.n_units": 3, "extractor.unit_dim": 8, "extractor.channels": [4, 8, 16, 16, 16],
         "extractor.hidden": [256, 16], "extractor.unit_hidden": [16, 32], "unet.base": 32}
     weights, state = {}, train.Model(cfg).state_dict()

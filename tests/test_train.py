@@ -145,7 +145,7 @@ def test_every_number_of_a_flag_runs_or_is_refused(value, main, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     shortest = ("--stage1.images 8 --stage1.batch 8 --images 8 --batch 8 --fit_images 20 "
                 "--ddim_steps 1 --dyga.k_max 4").split()  # one step of each stage
-    settings, ran = train.default_settings(), {}
+    settings, ran = vars(train.build_parser().parse_args([])), {}
     for name in [name for name in settings if type(settings[name]) in (int, float, list)]:
         code = main(train, *SHORT, *shortest, f"--{name}={value}", "--out", name)
         line = capsys.readouterr().err
@@ -165,7 +165,6 @@ def test_every_number_of_a_flag_runs_or_is_refused(value, main, monkeypatch, tmp
     ("--vqgan.patch 3", ["--vqgan.patch", "64", "a multiple of 12"]),
     ("--unet.multipliers 1 1 1 1 1", ["--unet.multipliers", "multiple of 128"]),
     ("--extractor.channels 4 4 4 4 4 4", ["--extractor.channels", "halvings"]),
-    ("--select_at 0.5 0.7", ["--select_at", "--select_most", "a limit for each time"]),
     ("--out run", ["add --resume"]),
     *((f"--out run --resume {flag}", [flag.split()[0].replace("no-", ""), f"began with {held};"])
       for flag, held in [("--images 640", 320), ("--seed 1", 0), ("--preset laptop", "tiny"),
