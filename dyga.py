@@ -267,9 +267,8 @@ class DyGA(nn.Module):
         if features.shape[1:] != wanted or len(features) < 1 or not features.is_floating_point():
             raise ValueError(f"features are {features.dtype} {tuple(features.shape)}; expected "
                              f"floats of shape (n >= 1, {wanted[0]}, {wanted[1]})")
-        bad = (~features.isfinite()).any(0).any(-1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"features of unit {bad} hold NaN or Inf; has the training diverged?")
+        if not features.isfinite().all():
+            raise ValueError("features hold NaN or Inf; has the training diverged?")
 
 
 # ---- The parts of Algorithm 2, for one unit: x (n, D) normalised, m its mixture ------------------

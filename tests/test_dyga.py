@@ -187,9 +187,10 @@ def test_nan_inf_and_wrong_shapes_raise_an_error_and_until_a_first_fit_align_is_
             model.fit(wrong)
     assert torch.equal(model.align(c), c) and delta_of(model, c).eq(0).all()
     assert model.responsibilities(c).eq(0).all() and model.nearest(c)[0].eq(0).all()
-    c[3, 1, 4], c[9, 2, 0] = math.nan, math.inf
-    with pytest.raises(ValueError, match=r"unit \[1, 2\] hold NaN or Inf"):
-        model.fit(c)
+    for bad in (math.nan, math.inf):
+        c[3, 1, 4] = bad
+        with pytest.raises(ValueError, match="hold NaN or Inf"):
+            model.fit(c)
     for wrong in (dict(accept="aic"), dict(k_init=0), dict(dim=1), dict(max_iter=0), dict(d_max=0)):
         with pytest.raises(ValueError, match="expected always or bic, 2 <= dim, the others"):
             DyGA(3, **wrong)
@@ -259,12 +260,14 @@ def test_of_two_readings_of_one_hue_one_is_kept_and_a_constant_unit_never_is():
     hue, size = torch.rand(4_000), torch.rand(4_000)
     # A hue is a circle: these two are cut open at different colours, and correlate by -0.26 only.
     s = torch.stack([4 * hue, torch.zeros(4_000), 3 * ((hue + 0.3) % 1), 2 * size], 1)  # (n, N)
-    assert informative_units(s, least=0.05) == [0, 3]
+    assert informative_units(s, least=0.5) == [0, 3]
 
 
-def test_a_unit_is_redundant_if_it_adds_less_than_the_least_share_of_variance():
-    # Two normal variables of correlation 0.6: the first explains 1 + 0.36 of 2, the second adds .32
+def test_a_unit_is_redundant_if_it_adds_little_for_what_was_known_of_it():
+    # Two normal variables of correlation p = 0.6: the second adds (1 - p^2) / 2 = 0.32 of the
+    # variance of both. Functions of it that the first explains: p^2 + p^4 + ... = 0.5625 of 19
+    # (canonical correlations p, p^2, ...: Lancaster 1957), so 0.0296 was known, and 0.32 is 10.8.
     s = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     s[:, 1] = 0.6 * s[:, 0] + 0.8 * s[:, 1]
-    assert informative_units(s, least=0.28) == [0, 1]
-    assert len(informative_units(s, least=0.36)) == 1
+    assert informative_units(s, least=9) == [0, 1]
+    assert len(informative_units(s, least=13)) == 1
