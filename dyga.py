@@ -314,7 +314,7 @@ def cost(x, m, J):
         + sum_j log a_kj + (D - d_k) log b_k - 2 log pi_k + D log(2 pi).
 
     x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
-    J: how far the sums over j go: the largest d_k or more, as a_kj = b_k, so nothing, beyond.
+    J: where the sums over j may stop: the largest d_k or more; beyond d_k their terms are 0.
     """
     # In a fit a mixture has all D directions, in the buffers d_max; the others have variance b_k.
     D, width = m.q.shape[-2:]
@@ -424,10 +424,14 @@ def informative_units(s, least, bins=20):
     Training often spreads one hue over three units, each another reading of the colour, as nothing
     asks for fewer. So units are taken one by one (forward selection): each time the one that, with
     those chosen before, explains most of the variance of all scalars (not standardised: large ones
-    count more). It is chosen if it adds something (`added`, a share of that variance) and is no
-    copy (`known`, the share of its own functions that the chosen units explain): added >= least *
-    known. Explained means by the best sum of functions of the units' scalars, since two readings of
-    one colour need not correlate: step functions, with as many images in each of `bins` steps.
+    count more). It is chosen if added >= least * known:
+
+        added   the share of that variance that it explains and those chosen before do not
+        known   the share of its own step functions that those explain; 1 for a copy, and by chance
+                about U * bins / n, so what adds next to nothing is silenced, too
+
+    Explained means: by the best sum of step functions of the units' scalars (as many images in each
+    of the `bins` steps), since two readings of one colour need not correlate.
     """
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
@@ -446,7 +450,7 @@ def informative_units(s, least, bins=20):
         best = max(candidates, key=lambda u: explained(s, [*chosen, u]))
         added = explained(s, [*chosen, best]) - explained(s, chosen)
         known = explained(steps[:, best], chosen)
-        candidates.remove(best)  # also if redundant: it stays so as more units are chosen
+        candidates.remove(best)  # also if redundant: it hardly gets better as more are chosen
         if added >= least * known:
             chosen.append(best)
     return sorted(chosen)

@@ -43,12 +43,13 @@ class Extractor(nn.Module):
         hidden: widths of the fully connected layers between the CNN and the N scalars.
         unit_hidden: widths of the hidden layers of each unit's private MLP.
         shrink: average the image over shrink x shrink pixels first (paper: 1).
-        unit_relu: end every unit in a ReLU, as Table 9 does. About half of a unit's numbers are
+        unit_relu: end every MLP in a ReLU, as Table 9 does. About half of a unit's numbers are
             then exactly 0, and equation 6 divides by them: it hardly moves such units, whatever
             the least denominator (dyga.py). So the laptop preset leaves the ReLU out.
         unit_line: beyond the paper, add a straight line to each private MLP, c = MLP(s) + s w + b
-            (a skip connection around it). MLPs alone bent most units into a V, on which two values
-            of a factor fall together; then a second and a third unit is needed to tell them apart.
+            (a skip connection around it). MLPs alone bent most units into a V, whose arms, seen
+            along its main direction, fall together. The line is long from the start, and bends
+            are small beside it.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
     """
 
@@ -97,7 +98,7 @@ class Extractor(nn.Module):
         return s * self.kept  # a silenced unit stays in the set, and says the same of all images
 
     def expand(self, s):
-        """Scalars s (B, N) -> units c (B, N, D), each through its private MLP."""
+        """Scalars s (B, N) -> units c (B, N, D), each through its private MLP (and line)."""
         s = s.t().unsqueeze(-1)  # (N, B, 1)
         c = self.unit_mlp(s)  # (N, B, D)
         if self.unit_line:

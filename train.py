@@ -71,7 +71,7 @@ PRESETS = {
     --vqgan.z_channels 4 --stage1.disc_weight 0 --stage1.loss mse --stage1.lr 6e-3
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
 
-    # The extractor sees the image at 32x32, and is at most a quarter as wide, for time. No ReLU at
+    # The extractor sees the image at 32x32, and is a quarter as wide or so, for time. No ReLU at
     # the end of a unit, and, beyond the paper, a straight line in it (see Extractor).
     --extractor.shrink 2 --extractor.channels 16 32 64 64 --extractor.hidden 256 128
     --extractor.unit_hidden 64 128 --no-extractor.unit_relu --extractor.unit_line
@@ -92,9 +92,9 @@ PRESETS = {
     # every factor is told by some unit, and again when the kept ones have had time to change.
     --select_at 0.5 0.7
 
-    # Each of 48,000 images (a tenth of Shapes3D) comes three and a half times, on average, which
-    # saves stage 1's encoder, and anchors, fitted once an epoch, have time to act. The moving
-    # average is short, like the run.
+    # 48,000 images (a tenth of Shapes3D), each drawn 3.5 times on average: stage 1 encodes each
+    # once only, and anchors, fitted every 48,000, have time to act. The moving average is short,
+    # like the run.
     --images 168000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
     "tiny": """
@@ -555,7 +555,7 @@ clip                   0.0        0..1e6     largest gradient norm; 0 does not c
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
 select_at              0.0,       0..1       at these shares of the course silence redundant units
-select_least           0.5        0..1e6     how much a kept unit adds, at least, for what was known
+select_least           0.5        0..1e6     keep a unit if added >= this * known (see dyga.py)
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -573,7 +573,7 @@ extractor.channels     *          1..4096    of the convolutions
 extractor.hidden       *          1..1e5     widths of the dense layers
 extractor.unit_hidden  *          1..1e5     widths of a unit's private MLP
 extractor.shrink       *          1..64      average this many pixels squared first (paper: 1)
-extractor.unit_relu    *          0..1       end every unit in a ReLU
+extractor.unit_relu    *          0..1       end every unit's MLP in a ReLU
 extractor.unit_line    *          0..1       beyond the paper: add a straight line to every unit
 extractor.fsq_levels   *          2..1000    Table 11's rival of DyGA: 8 5 5, with --dyga.lam 0
 dyga.k_init            *          1..1024    anchors a unit to start with
