@@ -49,7 +49,7 @@ from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, PatchDiscriminator, stage1_losses, to_float
 
-FORMAT = 7  # version of the checkpoint's layout
+FORMAT = 8  # version of the checkpoint's layout
 SAVE_MINUTES = 3  # between two checkpoints and their pictures
 LOG_STEPS = 25  # between two rows of the log; a signal waits for the next one
 PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is, in its checkpoint

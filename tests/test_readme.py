@@ -30,7 +30,7 @@ def test_every_command_parses_and_every_flag_in_the_text_exists():
         if "--help" not in flags and script in ("vqgan.py", *parsers):
             parsers[script.replace("vqgan", "train")].parse_args(shlex.split(flags))
     known = "".join(parser.format_help() for parser in parsers.values())
-    flags = set(re.findall(r"`(--[a-z_0-9.]+)", README))
+    flags = set(re.findall(r"`(--(?:no-)?[a-z_0-9.]+)", README))
     assert len(flags) >= 8 and flags <= set(re.findall(r"--(?:no-)?[a-z_0-9.]+", known))
 
 
