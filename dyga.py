@@ -324,9 +324,10 @@ def cost(x, m, J):
     square = x.square().sum(-1)[..., None, :] - 2 * m.mu @ x.mT  # (K, n)
     square += m.mu.square().sum(-1)[..., None]
     out = square / m.b[..., None] + constant[..., None]
-    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0)  # (K, D); a_kj < b_k only by rounding
+    # (K, D). a_kj < b_k only by rounding
+    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()
     for j in range(J):
-        q = m.q[..., j] * weight[..., j, None].sqrt()  # (K, D)
+        q = m.q[..., j] * weight[..., j, None]  # (K, D)
         y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
         out -= y.square()
     return out
@@ -447,8 +448,9 @@ def informative_units(s, least, bins=20):
 
     chosen, candidates = [], set(range(s.shape[1]))
     while candidates:
-        best = max(candidates, key=lambda u: explained(s, [*chosen, u]))
-        added = explained(s, [*chosen, best]) - explained(s, chosen)
+        shares = {u: explained(s, [*chosen, u]) for u in candidates}
+        best = max(shares, key=shares.get)
+        added = shares[best] - explained(s, chosen)
         known = explained(steps[:, best], chosen)
         candidates.remove(best)  # also if redundant: it hardly gets better as more are chosen
         if added >= least * known:
