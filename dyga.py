@@ -429,7 +429,7 @@ def informative_units(s, least, bins=20):
 
         added   the share of that variance that it explains and those chosen before do not
         known   the share of its own step functions that those explain; 1 for a copy, and by chance
-                about U * bins / n, so what adds next to nothing is silenced, too
+                about U * bins / n (U are chosen), so what adds next to nothing is silenced, too
 
     Explained means: by the best sum of step functions of the units' scalars (as many images in each
     of the `bins` steps), since two readings of one colour need not correlate.

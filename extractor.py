@@ -47,9 +47,9 @@ class Extractor(nn.Module):
             then exactly 0, and equation 6 divides by them: it hardly moves such units, whatever
             the least denominator (dyga.py). So the laptop preset leaves the ReLU out.
         unit_line: beyond the paper, add a straight line to each private MLP, c = MLP(s) + s w + b
-            (a skip connection around it). MLPs alone bent most units into a V, whose arms, seen
-            along its main direction, fall together. The line is long from the start, and bends
-            are small beside it.
+            (a skip connection around it). MLPs alone often bent a unit into a V; seen along its
+            main direction, the values on one arm fall together. The line is long from the start,
+            and bends are small beside it.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
     """
 

@@ -1,7 +1,7 @@
 """Train the whole method (Algorithm 1): data, stage 1, extractor, U-Net, anchors; one checkpoint.
 
     python train.py --dataset shapes3d                   # laptop preset on a CPU, paper's on a GPU
-    python train.py --dataset shapes3d --preset minute   # a first look: three factors, few minutes
+    python train.py --dataset shapes3d --preset minute   # a first look: three hues, some minutes
     python train.py --dataset shapes3d --resume          # go on from the checkpoint in --out
     torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
