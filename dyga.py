@@ -418,18 +418,20 @@ def clusters(x, m):
 # ---- Beyond the paper: which units to keep -------------------------------------------------------
 
 
-def informative_units(s, least, bins=20):
+def informative_units(s, least, most=0.2, bins=20):
     """Which units are not redundant. s: scalars (n, N), n some thousands -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
-    asks for fewer. So units are taken one by one (forward selection): each time the one that, with
-    those chosen before, explains most of the variance of all scalars (not standardised: large ones
-    count more). It is chosen if added >= least * known:
+    asks for fewer. So units are taken one by one (forward selection): each time the one of largest
+    added * (1 - depends). It is chosen if added >= least * known and depends <= most:
 
-        added   the share of that variance that it explains and those chosen before do not
-        known   the share of its own step functions that those explain; 1 for a copy, and by chance
-                about U * bins / n (U are chosen), so what adds next to nothing is silenced, too
+        added    the share of the variance of all scalars (not standardised: large ones count more)
+                 that it explains with those chosen before, and they alone do not
+        known    the share of its own step functions that those explain; 1 for a copy, and by chance
+                 about U * bins / n (U are chosen), so what adds next to nothing is silenced, too
+        depends  the share of |s - prediction| that those explain. The sine of a hue cannot be
+                 predicted from its cosine, but its size can: so it is no factor of its own
 
     Explained means: by the best sum of step functions of the units' scalars (as many images in each
     of the `bins` steps), since two readings of one colour need not correlate.
@@ -438,22 +440,29 @@ def informative_units(s, least, bins=20):
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
 
-    def explained(y, units):
-        """Share of the variance of y (n, Y) that these units explain, by ridge regression."""
+    def predict(y, units):
+        """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
         x = steps[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
         gram = x.T @ x  # (U*bins, U*bins)
         gram.diagonal().add_(1)
-        xy = x.T @ y  # (U*bins, Y)
-        return (xy * torch.linalg.solve(gram, xy)).sum() / y.square().sum()
+        return x @ torch.linalg.solve(gram, x.T @ y)  # (n, Y)
+
+    def explained(y, units):
+        """The share of the variance of y (n, Y) that these units explain."""
+        return (y * predict(y, units)).sum() / y.square().sum()
 
     chosen, candidates = [], set(range(s.shape[1]))
     while candidates:
-        shares = {u: explained(s, [*chosen, u]) for u in candidates}
-        best = max(shares, key=shares.get)
-        added = shares[best] - explained(s, chosen)
-        known = explained(steps[:, best], chosen)
+        size = (s - predict(s, chosen)).abs()  # (n, N)
+        size = size - size.mean(0)
+        total = size.square().sum(0).clamp(min=1e-12)  # (N,), 0 of a silenced unit
+        depends = (size * predict(size, chosen)).sum(0) / total  # (N,)
+        before = explained(s, chosen)
+        added = {u: explained(s, [*chosen, u]) - before for u in candidates}
+        best = max(candidates, key=lambda u: added[u] * (1 - depends[u]))
         candidates.remove(best)  # also if redundant: it hardly gets better as more are chosen
-        if added >= least * known:
+        known = explained(steps[:, best], chosen)
+        if added[best] >= least * known and depends[best] <= most:
             chosen.append(best)
     return sorted(chosen)
 

@@ -271,3 +271,12 @@ def test_a_unit_is_redundant_if_it_adds_little_for_what_was_known_of_it():
     s[:, 1] = 0.6 * s[:, 0] + 0.8 * s[:, 1]
     assert informative_units(s, least=9) == [0, 1]
     assert len(informative_units(s, least=13)) == 1
+
+
+def test_the_sine_of_a_hue_is_redundant_beside_its_cosine_though_none_predicts_the_other():
+    # Each times the area that has the hue. E[sine | cosine] = 0, but the sine's size is known.
+    hue, area, other = torch.rand(3, 4_000, generator=torch.Generator().manual_seed(0))
+    s = torch.stack([2 * (2 * math.pi * hue).cos(), (2 * math.pi * hue).sin(), other], 1)
+    s[:, :2] *= 1 + area[:, None]
+    assert informative_units(s, least=0.5) == [0, 2]
+    assert informative_units(s, least=0.5, most=1) == [0, 1, 2]
