@@ -426,15 +426,16 @@ def informative_units(s, least, most=0.2, bins=20):
     asks for fewer. So units are taken one by one (forward selection): each time the one of largest
     added * (1 - depends). It is chosen if added >= least * known and depends <= most:
 
-        added    the share of the variance of all scalars (not standardised: large ones count more)
-                 that it explains with those chosen before, and they alone do not
-        known    the share of its own step functions that those explain; 1 for a copy, and by chance
-                 about U * bins / n (U are chosen), so what adds next to nothing is silenced, too
-        depends  the share of |s - prediction| that those explain. The sine of a hue cannot be
-                 predicted from its cosine, but its size can: so it is no factor of its own
+        added    its gain in the share of all scalars' variance that is explained (scalars are not
+                 standardised: large ones count more)
+        known    the share of its own step functions that those chosen before explain: 1 for a copy.
+                 By chance about U * bins / n (U are chosen): what adds next to nothing goes, too
+        depends  the share of |s - its prediction from those| that those explain. The sine of a hue
+                 cannot be predicted from its cosine, but its size can: the sine is nothing new
 
-    Explained means: by the best sum of step functions of the units' scalars (as many images in each
-    of the `bins` steps), since two readings of one colour need not correlate.
+    Explained: by the best sum of step functions of units' scalars (as many images in each of the
+    `bins` steps), since two readings of one colour need not correlate. We know one failure: of x, y
+    and x + y, where the sum varies most, only the sum is kept.
     """
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
@@ -451,16 +452,15 @@ def informative_units(s, least, most=0.2, bins=20):
         """The share of the variance of y (n, Y) that these units explain."""
         return (y * predict(y, units)).sum() / y.square().sum()
 
-    chosen, candidates = [], set(range(s.shape[1]))
+    chosen, candidates = [], set(s.any(0).nonzero().flatten().tolist())  # not the silenced ones
     while candidates:
         size = (s - predict(s, chosen)).abs()  # (n, N)
         size = size - size.mean(0)
-        total = size.square().sum(0).clamp(min=1e-12)  # (N,), 0 of a silenced unit
-        depends = (size * predict(size, chosen)).sum(0) / total  # (N,)
+        depends = (size * predict(size, chosen)).sum(0) / size.square().sum(0)  # (N,)
         before = explained(s, chosen)
         added = {u: explained(s, [*chosen, u]) - before for u in candidates}
         best = max(candidates, key=lambda u: added[u] * (1 - depends[u]))
-        candidates.remove(best)  # also if redundant: it hardly gets better as more are chosen
+        candidates.remove(best)  # also if redundant: its case hardly improves later
         known = explained(steps[:, best], chosen)
         if added[best] >= least * known and depends[best] <= most:
             chosen.append(best)
