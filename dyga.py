@@ -53,7 +53,7 @@ class DyGA(nn.Module):
         # keeps what improves the Bayesian information criterion: with k_init 1 it finds the levels
         d_max=8,  # 1 or more: largest d_k. Paper: no limit; a unit is a curve, 8 hold its bends too
         # The next two with accept="always" only. spread, 0 or more: psi; a cluster is split whose
-        # samples lie farther from its mean, on average (whole unit: about the root of D).
+        # samples' mean distance to its mean exceeds it, in scales (of a whole unit: about root D).
         spread=0.5,
         split_odds=0.5,  # 0 to 1: chance of any other cluster to be split once
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
@@ -61,10 +61,8 @@ class DyGA(nn.Module):
         tol=1e-4,  # 0 or more: EM ends when the mean log-likelihood rises by no more than this
     ):
         super().__init__()
-        least = min(dim - 1, k_init, k_max, max_iter, d_max)
-        if accept not in ("always", "bic") or least < 1:
-            raise ValueError(f"{accept=} {dim=} {k_init=} {k_max=} {max_iter=} {d_max=}; expected "
-                             "always or bic, 2 <= dim, the others >= 1")
+        if accept not in ("always", "bic"):
+            raise ValueError(f"{accept=}; expected always or bic")
         self.k_init = min(k_init, k_max)
         self.k_max = k_max
         self.max_iter = max_iter
@@ -76,20 +74,19 @@ class DyGA(nn.Module):
         self.min_samples = min_samples
         self.min_fraction = min_fraction
         self.tol = tol
+        # Buffers move with .to(device) and travel in the checkpoint. Their shapes never change: a
+        # unit has K = k_max slots, and mask says which of them hold an anchor.
         N = n_units
         K = k_max
         D = dim
-        J = self.d_max
-        # Buffers move with .to(device) and travel in the checkpoint. Their shapes never change: a
-        # unit has k_max slots, and mask says which of them hold an anchor.
         self.register_buffer("centre", torch.zeros(N, D))  # normalised x = (c - centre) / scale
         self.register_buffer("scale", torch.ones(N))
         self.register_buffer("live", torch.zeros(N, dtype=torch.bool))  # fitted and not constant
         self.register_buffer("anchors", torch.zeros(N, K, D))  # in the unit's own space, like c
         self.register_buffer("mask", torch.zeros(N, K, dtype=torch.bool))
         self.register_buffer("log_pi", torch.zeros(N, K))  # this and the rest: see Mixture
-        self.register_buffer("q", torch.zeros(N, K, D, J))
-        self.register_buffer("a", torch.ones(N, K, J))
+        self.register_buffer("q", torch.zeros(N, K, D, self.d_max))
+        self.register_buffer("a", torch.ones(N, K, self.d_max))
         self.register_buffer("b", torch.ones(N, K))
         self.register_buffer("d", torch.ones(N, K, dtype=torch.int64))
 
@@ -113,7 +110,7 @@ class DyGA(nn.Module):
         term is what c changes about the length of the step. No gradient reaches the anchors.
 
         return_delta: return (c~, delta (B, N)); log its mean: near 0, the anchors do nothing.
-        Constant units, and all units before the first fit, come back unchanged, with delta 0.
+        Units constant at the last fit, and all before the first, come back as they are, delta 0.
         """
         anchor, _ = self.nearest(c)
         x = c.float()  # what follows is elementwise, which autocast leaves in float32
@@ -153,19 +150,18 @@ class DyGA(nn.Module):
             return r.permute(2, 0, 1) * self.mask  # (B, N, K)
 
     @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)  # half precision is too coarse for covariances
     def fit(self, features, generator=None):
         """Find new anchors for all units. features: (n, N, D) floats, n >= 1. Returns self.
 
         generator: a CPU torch.Generator for starts and random splits; without, a new one of seed 0.
-        self.report then has "anchors", N dicts {step: how many}; "log_likelihood", N pairs of lists
-        (both EM runs, a number an iteration); "converged", N bools (of the second run).
+        self.report then has "anchors", N dicts {step: how many}, and "log_likelihood", N pairs of
+        lists (both EM runs, a number an iteration).
         ValueError on a wrong shape, NaN or Inf. Works on the CPU, wherever its input is: many
         thousand small steps in a row would leave a GPU idle (a guess: we have not timed one).
         """
         self._check(features)
         generator = generator or torch.Generator().manual_seed(0)
-        self.report = {"anchors": [], "log_likelihood": [], "converged": []}
+        self.report = {"anchors": [], "log_likelihood": []}
         for i in range(len(self.mask)):
             x = features[:, i].cpu()  # (n, D)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -173,16 +169,16 @@ class DyGA(nn.Module):
             x = normalise(x, centre, scale) * live  # a constant unit: all 0, so one anchor
             m = self.select_anchors(x, generator)
             K = len(m.mu)
-            J = self.d_max
             self.centre[i] = centre
             self.scale[i] = scale
             self.live[i] = live
-            self.mask[i] = torch.arange(self.k_max, device=self.mask.device) < K
+            self.mask[i] = False
+            self.mask[i, :K] = True
             self.anchors[i] = 0
             self.anchors[i, :K] = centre + scale * m.mu
             self.log_pi[i, :K] = m.log_pi
-            self.q[i, :K] = m.q[..., :J]
-            self.a[i, :K] = m.a[:, :J]
+            self.q[i, :K] = m.q[..., :self.d_max]
+            self.a[i, :K] = m.a[:, :self.d_max]
             self.b[i, :K] = m.b
             self.d[i, :K] = m.d
         return self
@@ -196,7 +192,7 @@ class DyGA(nn.Module):
         anchors = {}  # how many after each step, for the report
         # Initialise. HDDC: E-step, M-step, update subspaces, at most max_iter times.
         m = m_step(x, plus_plus(x, self.k_init, generator), 1, self.d_max)
-        m, first, _ = em(x, m, self.max_iter, self.tol, self.d_max)
+        m, first = em(x, m, self.max_iter, self.tol, self.d_max)
         anchors["hddc"] = len(m.mu)
         # While there are clusters to split: choose one, split it, fit the halves to its samples.
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
@@ -228,11 +224,10 @@ class DyGA(nn.Module):
         m = m.of([k for k, size in enumerate(sizes) if size >= least])
         anchors["filter"] = len(m.mu)
         # HDDC again.
-        m, last, converged = em(x, m, self.max_iter, self.tol, self.d_max)
+        m, last = em(x, m, self.max_iter, self.tol, self.d_max)
         anchors["refit"] = len(m.mu)
         self.report["anchors"].append(anchors)
         self.report["log_likelihood"].append((first, last))
-        self.report["converged"].append(converged)
         return m
 
     def halve(self, part, n):
@@ -248,18 +243,19 @@ class DyGA(nn.Module):
         total = ordered.cumsum(0)[:-1]  # (n_k - 1,): their sum; on the right it is -total
         between = total.square() * (1 / left + 1 / right)
         above = along > ordered[between.argmax()]  # (n_k,)
-        # The halves keep d_k: BIC would hold new directions of mere noise against a good split.
+        # The halves keep one's d_k: BIC would hold directions of mere noise against a good split.
         d = int(one.d)
         two = m_step(part, torch.stack([~above, above]).to(part.dtype), d, d)
-        two, _, _ = em(part, two, self.max_iter, self.tol, d)
+        two, _ = em(part, two, self.max_iter, self.tol, d)
         if len(two.mu) < 2:
             return None
-        # Other clusters have no density here: the unit's log-likelihood rises by that of the part.
-        gain = 2 * (e_step(part, two)[1] - e_step(part, one)[1])
-        D = part.shape[1]
-        added = 2 + D + d + d * (D - (d + 1) / 2)  # numbers: weight, b; mean; the a_j; directions
-        if self.accept == "bic" and gain <= added * math.log(n):
-            return None
+        if self.accept == "bic":
+            # Other clusters have no density here: the unit's log-likelihood rises by that of the
+            # part. The new numbers: weight, b; mean; the a_j; directions.
+            gain = 2 * (e_step(part, two)[1] - e_step(part, one)[1])
+            D = part.shape[1]
+            if gain <= (2 + D + d + d * (D - (d + 1) / 2)) * math.log(n):
+                return None
         return two
 
     def _check(self, features):
@@ -365,19 +361,19 @@ def m_step(x, r, d_least, d_max):
     return Mixture((count / count.sum()).log(), mu, q, a, b, d).of(count > EMPTY)
 
 
-def scree(eigenvalues, threshold=0.2):
+def scree(eigenvalues):
     """Cattell's scree test, which chooses d_k: among eigenvalues (..., D), given falling, find the
-    last step down above threshold times the largest; count those before it, 1 to D - 1."""
+    last step down above a fifth of the largest; count those before it, 1 to D - 1."""
     step = eigenvalues[..., :-1] - eigenvalues[..., 1:]  # (..., D - 1)
-    large = step > threshold * step.amax(-1, keepdim=True)
+    large = step > 0.2 * step.amax(-1, keepdim=True)
     place = torch.arange(1, eigenvalues.shape[-1])  # (D - 1,)
     return (large * place).amax(-1).clamp(min=1)
 
 
 def em(x, m, max_iter, tol, d_max):
     """HDDC (Bouveyron, Girard, Schmid 2007): expectation maximisation. Ends when the mean
-    log-likelihood of a sample rises by tol or less. Returns the mixture, the log-likelihood before
-    each iteration (a list), and whether it converged.
+    log-likelihood of a sample rises by tol or less. Returns the mixture, and the log-likelihood
+    before each iteration, a list.
 
     The log-likelihood never falls. HDDC as published repeats the scree test in every iteration, and
     a smaller d_k can fit worse. Here d_k only grows within a run: the model with d_k directions is
@@ -389,21 +385,21 @@ def em(x, m, max_iter, tol, d_max):
         m = m_step(x, r, m.d, d_max)
         history.append(likelihood)
         if len(history) > 1 and history[-1] - history[-2] <= tol * len(x):
-            return m, history, True
-    return m, history, False
+            break
+    return m, history
 
 
 def plus_plus(x, K, generator):
     """k-means++: each next start is a sample drawn with odds (distance to the nearest start)^2.
     Returns r (K, n), 1 for the nearest start. Equal samples share one, so rows can stay empty."""
-    squares, odds = [], torch.ones(len(x))  # the first start: any sample
+    squares = []
+    odds = torch.ones(len(x))  # the first start: any sample
     for _ in range(K):
         start = torch.multinomial(odds, 1, generator=generator)
         squares.append((x - x[start]).square().sum(1))  # (n,)
         odds = torch.stack(squares).amin(0) + 1e-12  # not all 0, even if all samples are starts
     label = torch.stack(squares).argmin(0)  # (n,)
-    r = label == torch.arange(K)[:, None]  # (K, n)
-    return r.to(x.dtype)
+    return (label == torch.arange(K)[:, None]).to(x.dtype)  # (K, n)
 
 
 def clusters(x, m):
@@ -418,20 +414,24 @@ def clusters(x, m):
 # ---- Beyond the paper: which units to keep -------------------------------------------------------
 
 
-def informative_units(s, least, most=0.2, bins=20):
+def informative_units(s, least, most=0.3, bins=20):
     """Which units are not redundant. s: scalars (n, N), n some thousands -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
     asks for fewer. So units are taken one by one (forward selection): each time the one of largest
-    added * (1 - depends). It is chosen if added >= least * known and depends <= most:
+    added * (1 - depends). It is kept if it adds enough for what was known of it, and it must add
+    the more, the more it depends on those kept before:
+
+        added * (1 - depends / most) >= least * known
 
         added    its gain in the share of all scalars' variance that is explained (scalars are not
                  standardised: large ones count more)
-        known    the share of its own step functions that those chosen before explain: 1 for a copy.
-                 By chance about U * bins / n (U are chosen): what adds next to nothing goes, too
-        depends  the share of |s - its prediction from those| that those explain. The sine of a hue
-                 cannot be predicted from its cosine, but its size can: the sine is nothing new
+        known    the share of its own step functions that those kept before explain: 1 for a copy.
+                 By chance about U * bins / n (U are kept): what adds next to nothing goes, too
+        depends  of |s - its prediction from those|, the share of variance that those explain. The
+                 sine of a hue cannot be predicted from its cosine, but its size can: the sine is
+                 no new factor. A unit of depends >= most goes, whatever it adds
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate. We know one failure: of x, y
@@ -452,19 +452,20 @@ def informative_units(s, least, most=0.2, bins=20):
         """The share of the variance of y (n, Y) that these units explain."""
         return (y * predict(y, units)).sum() / y.square().sum()
 
-    chosen, candidates = [], set(s.any(0).nonzero().flatten().tolist())  # not the silenced ones
+    kept = []
+    candidates = s.any(0).nonzero().flatten().tolist()  # not the silenced ones
     while candidates:
-        size = (s - predict(s, chosen)).abs()  # (n, N)
+        size = (s - predict(s, kept)).abs()  # (n, N)
         size = size - size.mean(0)
-        depends = (size * predict(size, chosen)).sum(0) / size.square().sum(0)  # (N,)
-        before = explained(s, chosen)
-        added = {u: explained(s, [*chosen, u]) - before for u in candidates}
+        depends = (size * predict(size, kept)).sum(0) / size.square().sum(0)  # (N,)
+        before = explained(s, kept)
+        added = {u: explained(s, [*kept, u]) - before for u in candidates}
         best = max(candidates, key=lambda u: added[u] * (1 - depends[u]))
         candidates.remove(best)  # also if redundant: its case hardly improves later
-        known = explained(steps[:, best], chosen)
-        if added[best] >= least * known and depends[best] <= most:
-            chosen.append(best)
-    return sorted(chosen)
+        known = explained(steps[:, best], kept)
+        if added[best] * (1 - depends[best] / most) >= least * known:
+            kept.append(best)
+    return sorted(kept)
 
 
 # ---- Toy units: python dyga.py -------------------------------------------------------------------
@@ -508,8 +509,8 @@ def main():
         shown = normalise(shown, model.centre[unit], model.scale[unit]) @ axes * 25
         shown += torch.tensor([middle, 250])
         draw.point(shown[:len(c)].flatten().tolist(), "gray")
-        for x, y in shown[len(c):].tolist():
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), "black")
+        for place in shown[len(c):].tolist():
+            draw.circle(place, 2, "black")
     Path("out").mkdir(exist_ok=True)
     image.save("out/dyga.png")
 

@@ -60,7 +60,6 @@ def progress(work, words, total=None):
 def fit_pca(c):
     """One-component PCA of every unit. c: (n, N, D) -> mean and direction, each (N, D) float32.
     Metrics see a unit as one number (section 4.1). It IS one under an MLP: little is lost."""
-
     if c.shape[2] == 1:
         return torch.zeros_like(c[0]), torch.ones_like(c[0])  # a number stays as it is
     x = c.double()  # (n, N, D)
@@ -115,7 +114,6 @@ class Probe:
     """A random sample of images, and which unit knows which factor on it.
     groups: {factor: its best unit, then all other active units that know it best}, of the eight
     best known factors (CelebA has 40). Without labels {unit: that unit}, of the eight loudest."""
-
     def __init__(self, units, ds, n, seed):
         order = np.random.default_rng(seed).permutation(len(ds))
         self.idx = torch.from_numpy(order[:n])  # (n,), none twice
@@ -167,7 +165,6 @@ class Probe:
 
 class Sampler:
     """Draws codes and factors for one metric, from one generator; no factors of one value."""
-
     def __init__(self, encode, factor_sizes, seed, least_factors=1, least_units=1):
         self.encode, self.least_units = encode, least_units
         self.rng = np.random.default_rng(seed)
@@ -233,7 +230,6 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
     relative to its variance over everything, gets a vote for k. Training votes name each unit after
     its most frequent factor; the score is how often that name is right on new votes. Units of
     sd < 0.05 take no part, as in the reference: a good code that is scaled down enough scores 0."""
-
     sampler = Sampler(encode, factor_sizes, seed)
     if sampler.labels is not None:
         raise ValueError("labels of images found; FactorVAE needs the sizes of a grid")
@@ -266,7 +262,6 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
 
 def fit_trees(x, y, x_test, y_test, seed, jobs, words):
     """Boosted trees from codes to each factor -> importances (U, K), test accuracies (K,)."""
-
     def fit(k):
         labels = y[:, k]
         if (labels == labels[0]).all():  # of few images a rare value may be missing
@@ -284,7 +279,6 @@ def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=-1):
     Boosted trees predict each factor from all units; R[u, k] is the importance of unit u for factor
     k. Returns dict, all 0 to 1: disentanglement (a unit is important for one factor), completeness
     (a factor needs one unit), informativeness (test accuracy). Never compare across counts."""
-
     sampler = Sampler(encode, factor_sizes, seed, least_factors=2, least_units=2)
     samples = sampler.split(n_train, n_test)
     R, accuracies = fit_trees(*samples, seed, jobs, "DCI, trees of one factor each")  # R: (U, K)
@@ -304,7 +298,6 @@ def mutual_information(codes, factors, bins=20):
     """Mutual information of units, cut into bins, with factors, and factors' entropies; in nats.
     codes (n, U), factors int64 (n, K) -> (U, K), (K,). Plug-in estimates: a unit and a factor that
     have nothing to do with each other still get about (bins-1)(values-1)/2n."""
-
     U, K = codes.shape[1], factors.shape[1]
     mi, h = np.zeros((U, K)), np.zeros(K)
     for u in range(U):
@@ -322,7 +315,6 @@ def mutual_information(codes, factors, bins=20):
 def mig(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     """Mutual information gap (reference 9), 0 to 1: does exactly one unit know a factor?
     Mean over factors of (best - second best unit's information) / H(factor)."""
-
     codes, factors = Sampler(encode, factor_sizes, seed, least_units=2).draw(n_train)
     mi, h = mutual_information(codes, factors, bins)
     return float((gap(mi) / h).mean())
@@ -332,7 +324,6 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_onl
     """Modularity (reference 49), 0 to 1: does a unit know one factor? It does not mind copies.
     Per unit 1 - (sum over the other factors of MI^2) / ((K-1) max MI^2), and 0 for a unit that
     knows nothing; the mean over ALL units. Beyond the paper: active_only, units of sd >= 0.05."""
-
     codes, factors = Sampler(encode, factor_sizes, seed, least_factors=2).draw(n_train)
     squared = mutual_information(codes, factors, bins)[0] ** 2  # (U, K)
     best = squared.max(1)  # (U,)
@@ -349,7 +340,6 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_onl
 def sap(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000):
     """SAP score (reference 33), 0 to 1: does one unit alone predict a factor, by a straight cut?
     Mean over factors of best minus second best unit's test accuracy."""
-
     sampler = Sampler(encode, factor_sizes, seed, least_units=2)
     x, y, x_test, y_test = sampler.split(n_train, n_test)  # (n, U), (n, K), and to test
     table = np.zeros((x.shape[1], y.shape[1]))  # (U, K)
@@ -372,10 +362,9 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     """InfoMEC (reference 24), without bins. Returns dict, all at most 1:
     infom, modularity: does a unit know one factor only; infoc, compactness: does one unit only know
     a factor; infoe, explicitness: how much of its error units save a linear classifier."""
-
     x, y = Sampler(encode, factor_sizes, seed, least_factors=2).draw(n_train)  # (n, U), (n, K)
-    # A question of scale, not of information: noise of ordinary spread takes part in infom and
-    # infoc, and a unit that says the same of the middle half of all images does not.
+    # Active: an interquartile range above a tenth of the largest. It measures scale, not
+    # information: noise may pass, and a unit that says the same of half of all images does not.
     spread = np.ptp(np.percentile(x, [25, 75], axis=0), axis=0)  # (U,)
     active = spread > spread.max() / 10  # (U,)
     sd = x.std(0)  # (U,)
@@ -405,7 +394,6 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
 def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=-1, n_train=10_000):
     """Are few labels enough (Table 5)? Trees from n_train labels, from 1,000 and from 100.
     Returns dict: acc, test accuracy at n_train; acc_1000_ratio, acc_100_ratio: what is left."""
-
     sampler, means = Sampler(encode, factor_sizes, seed), []
     for n in (n_train, 1_000, 100):
         samples = sampler.split(min(n, n_train), n_test)
@@ -416,9 +404,8 @@ def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=-1, n_train=
 
 
 def stepped_auroc(codes, attribute, step):
-    """AUROC of a unit (n,) for an attribute (n,) of 0 and 1, in the better direction.
-    By a few thresholds, up to 0.14 too high: the reference's rule, and so the paper's."""
-
+    """AUROC of a unit (n,) for an attribute (n,) of 0 and 1, in the better direction. From 1 / step
+    + 1 thresholds, which can be 0.14 too high: the reference's rule, and so the paper's."""
     thresholds = codes.min() + np.arange(0, 1 + step / 2, step) * np.ptp(codes)  # (T,)
     above = codes >= thresholds[:, None]  # (T, n), what each threshold predicts of each image
     areas = []
@@ -435,7 +422,6 @@ def tad(codes, attributes, step=0.1):
     (AUROC at least 0.75) and no other attribute gives it away (mutual information at most 0.2 of
     its own entropy). Returns dict: tad, the sum over captured attributes of best minus second best
     unit's AUROC; captured, how many. ValueError: NaN, one unit, other labels than 0 and 1."""
-
     codes = finite(np.asarray(codes, dtype=np.float64))
     attributes = np.asarray(attributes)
     if codes.shape[1] < 2 or not np.isin(attributes, (0, 1)).all():
@@ -458,8 +444,8 @@ def separation(dyga, probe):
     active units. A sample's own anchor is that of highest responsibility.
     purity: share of samples that have the most frequent value of their own anchor's samples;
     chance: the same if there were one single anchor;
-    margin: 1 - (distance to the own anchor) / (distance to the nearest other); should rise."""
-
+    margin: 1 - (distance to the own anchor) / (distance to the nearest other), at least 0, and 1 if
+    there is no other; should rise."""
     units = np.flatnonzero(probe.active & dyga.mask.any(1).cpu().numpy())
     if not probe.names or not len(units):
         return {}
@@ -490,7 +476,6 @@ def separation(dyga, probe):
 def exchange(c_tilde, other, groups):
     """Units (B, N, ...) -> (R, B, N, ...): in each row one group's units are the other's.
     The same for factors (B, F), where a group is one number."""
-
     rows = torch.stack([c_tilde] * len(groups))
     for row, units in zip(rows, groups):
         row[:, units] = other[:, units]
@@ -501,7 +486,6 @@ class Painter:
     """Generates images, and draws the figures that need the model. steps: of DDIM.
     In figures all start from ONE noise: what differs between two pictures comes from their units.
     Of several `noises` image i starts from number i modulo noises. Arguments are idx int64 (B,)."""
-
     def __init__(self, model, ds, probe, steps, seed, noises=1):
         self.model, self.ds, self.probe, self.steps = model, ds, probe, steps
         self.groups = list(probe.groups.values())
@@ -522,7 +506,6 @@ class Painter:
     def interchange(self, source, target):
         """Figures 3 and 8: give the source the target's units of one factor.
         Paper: exchanges one unit. Where several stand for a factor, one changes it by half."""
-
         c_tilde = self.c_tilde(source)  # (B, N, D)
         rows = exchange(c_tilde, self.c_tilde(target), [[], *self.groups])  # (1 + R, B, N, D)
         made = self.generate(rows, "interchange")  # (1 + R, B, 3, H, W)
@@ -559,10 +542,10 @@ class Painter:
             "Cross-attention per unit (light: most), averaged over heads, layers and steps", 2)
 
     def slider(self, idx, most, stops):
-        """What the page's slider shows: a dict of each factor's units, and each of `most` units.
-        Up to `stops` values, from images sorted by the factor (one for each value) or the unit.
-        Units are taken WHOLE: a straight line would leave the curve they are on."""
-
+        """What the page's slider shows, of each factor's units and of each of `most` units: a dict
+        of image numbers and of strips, {text: how many stops, a picture for each image}. Up to
+        `stops` donors, from images sorted by the factor (one of each value) or by the unit. Their
+        units are taken as they are: what lies between two need not be a unit of any image."""
         probe = self.probe
         choices = {}  # by text: the units, and a number for each image to sort the sample by, (n,)
         if probe.names:
@@ -575,8 +558,8 @@ class Painter:
         for text, (units, values) in choices.items():
             sorted_images = np.unique(values, return_index=True)[1]  # one of each value
             # Not the very ends: a unit's may be outliers.
-            places = np.linspace(0.02, 0.98, min(stops, len(sorted_images)))
-            places = (places * (len(sorted_images) - 1)).round().astype(int)  # (S,)
+            shares = np.linspace(0.02, 0.98, min(stops, len(sorted_images)))  # (S,)
+            places = (shares * (len(sorted_images) - 1)).round().astype(int)  # (S,)
             donors = self.c_tilde(probe.idx[sorted_images[places]])  # (S, N, D)
             rows = c_tilde.repeat(1, len(donors), 1, 1)  # (I, S, N, D)
             rows[:, :, units] = donors[:, units]
@@ -603,7 +586,6 @@ class Painter:
 def nearest_image(ds, images):
     """The image of the WHOLE dataset that looks most like each of these n -> idx int64 (n,).
     Compared at 8x8 pixels, which read all factors of 576 reconstructions of laptop's stage 1."""
-
     def small(images):
         return F.adaptive_avg_pool2d(images.float(), 8).flatten(1)  # (B, 192)
     query = small(images)  # (n, 192)
@@ -625,7 +607,6 @@ def control(painter, seed):
     the target's value in steps (of no use for hues, whose values form a circle). Each is a list of
     four: all units of the factor exchanged; its best unit alone, as in Figures 3 and 8; the
     ceiling, stage 1's reconstruction of what should come out; chance, a random image."""
-
     ds = painter.ds
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(ds.factor_sizes)  # (F,)
@@ -717,7 +698,7 @@ gbt_acc_100_ratio   0.863+-0.001 -            0.757+-0.001 -
 tad_tad             -            -            -            0.954+-0.024
 """
 NAMES, *COLUMNS = zip(*map(str.split, PAPER_TEXT.splitlines()))
-PAPER = {column[0]: dict(zip(NAMES, column)) for column in COLUMNS}  # {dataset: {score: value}}
+PAPER = {column[0]: dict(zip(NAMES[1:], column[1:])) for column in COLUMNS}  # by dataset
 
 
 def score(name, counts, metric, *arguments, **settings):
@@ -887,17 +868,19 @@ def main():
             scores |= score(name, counts, metric, encode, truth, args.seed, **counts)
     if "tad" in parts:
         scores |= score("tad", {"images": len(probe.idx)}, tad, probe.codes, probe.factors)
-    controls, counts = {}, {"pairs": 16 if args.quick else 200, "DDIM_steps": 10}
+    controls, control_counts = {}, {"pairs": 16 if args.quick else 200, "DDIM_steps": 10}
     if "control" in parts:
-        print(f"control: {counts_in_words(counts)}")
-        painter = Painter(model, ds, probe, counts["DDIM_steps"], args.seed, counts["pairs"])
-        controls = control(painter, args.seed)
+        print(f"control: {counts_in_words(control_counts)}")
+        pairs, steps = control_counts.values()
+        controls = control(Painter(model, ds, probe, steps, args.seed, pairs), args.seed)
 
     report = {
         "checkpoint": str(source), "dataset": ds.name, "source": ds.source, "seed": args.seed,
         "seen": ckpt.get("seen"), "minutes": ckpt.get("minutes"), "quick": args.quick,
-        "scores": scores, "control": controls, "control_counts": counts,
-        "paper": PAPER.get(ds.name, {}), "silent": np.flatnonzero(~probe.active).tolist(),
+        "scores": scores, "control": controls, "control_counts": control_counts,
+        # Of a part of a dataset the paper has no scores.
+        "paper": {} if config.get("vary") else PAPER.get(ds.name, {}),
+        "silent": np.flatnonzero(~probe.active).tolist(),
         "anchors": separation(model.dyga, probe) if model else {},
         "factors": ds.factor_names, "nmi": probe.nmi.tolist(),
         "units": probe.labels()}

@@ -18,7 +18,7 @@ Reading order: presets, Model, the two loops (train_stage1, train_stage2); then 
 
 Each step seeds itself from --seed and its place in the run. So a resumed run ends like one that
 never stopped, to the last bit, on the same CPU with the same number of threads; with other threads,
-devices or processes it is the same run with other roundings or other noise.
+devices or processes it is the same run with other roundings, or another draw of images and noise.
 """
 
 import argparse
@@ -61,7 +61,8 @@ PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is,
 PRESETS = {
     "paper": "",
     "laptop": """
-    # For a laptop's CPU: the paper's method with two additions; other sizes, other optimiser.
+    # For a laptop's CPU: the paper's method and DyGA's settings, with two additions (unit_line,
+    # select_at), other sizes, optimiser and losses.
     #
     # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per image.
     # It works on patches of 8x8 pixels, at one level, and spends the time that this saves on width.
@@ -71,8 +72,8 @@ PRESETS = {
     --vqgan.z_channels 4 --stage1.disc_weight 0 --stage1.loss mse --stage1.lr 6e-3
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
 
-    # The extractor sees the image at 32x32, and is a quarter as wide or so, for time. No ReLU at
-    # the end of a unit, and, beyond the paper, a straight line in it (see Extractor).
+    # The extractor sees the image at 32x32, has one convolution less, and is a quarter as wide or
+    # less, for time. No ReLU at the end of a unit, and a straight line in it (see Extractor).
     --extractor.shrink 2 --extractor.channels 16 32 64 64 --extractor.hidden 256 128
     --extractor.unit_hidden 64 128 --no-extractor.unit_relu --extractor.unit_line
 
@@ -84,8 +85,9 @@ PRESETS = {
     # One head: a pixel looks up one unit at a time. Several look up one each and blend them.
     --unet.heads 1
 
-    # Muon (in stage 1, too) learns shape and orientation, times from the middle of the schedule
-    # learn hues, and a squared error small objects, earlier than AdamW, uniform times and L1 do.
+    # What is learnt earlier: shape and orientation by Muon (in stage 1, too) than by AdamW; hues
+    # with times from the middle of the schedule than with uniform ones; small objects with a
+    # squared error than with L1.
     --optimizer muon --t_sampling logit_normal --loss mse
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
     # Beyond the paper: redundant units are silenced (dyga.py, informative_units). Half-way, when
@@ -111,8 +113,8 @@ PRESETS = {
     """,
 }
 PRESETS["minute"] = PRESETS["laptop"] + """
-    # For a first look: the twin's three hues alone, 1,000 images, so everything may be smaller.
-    # Latents of 4x4 leave the U-Net one level.
+    # For a first look: the twin's three hues alone, 1,000 images, so nearly everything may be
+    # smaller. Latents of 4x4 (of more channels, therefore) leave the U-Net one level.
     --vary "floor hue,wall hue,object hue" --vqgan.multipliers 1 2 --vqgan.channels 32
     --vqgan.codebook_size 512 --vqgan.z_channels 8 --stage1.images 4800 --stage1.restart_images 800
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
@@ -145,7 +147,7 @@ class Model(torch.nn.Module):
         to log: a dict of 0-dim tensors."""
         c = self.extractor(to_float(images))  # (B, N, D)
         # A loss on c would be added here, for instance the one in the docstring of dyga.nearest:
-        # alignment moves what the U-Net sees, and c only by way of its gradient.
+        # alignment changes what the U-Net sees, but pulls no c to an anchor.
         c_tilde, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N)
         loss = diffusion_loss(self.unet, z0, c_tilde, self.alpha_bar, self.cfg["loss"],
                               self.cfg["t_sampling"])
@@ -245,7 +247,7 @@ def train_stage2(run):
         row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, cfg["clip"] or math.inf)
         step(run.optimizers[2], lr)
 
-        # Paper: LDM averages the U-Net alone. The extractor is what gets evaluated, so it too.
+        # Paper: no word on what is averaged (LDM: the U-Net). The extractor gets evaluated: it too.
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
@@ -339,8 +341,6 @@ class Run:
         self.model = Model(cfg).to(device).eval()
         self.disc = (PatchDiscriminator(cfg["stage1.disc_width"]).to(device)
                      if cfg["stage1.disc_weight"] else None)
-        if device.type == "cuda":
-            check_memory(self)
         self.ds = data.load(cfg["dataset"], cfg["data_dir"], cfg["source"], device, cfg["vary"])
         cfg["source"] = self.ds.source  # in place of auto
         if world > 1 and device.type == "cuda":  # BatchNorm over the whole batch
@@ -513,9 +513,9 @@ def fitting(path):
 def load_checkpoint(path, device="cpu"):
     """Checkpoint file -> (averaged model in eval mode, the checkpoint)."""
     ckpt = read_checkpoint(path)
-    if ckpt["stage"] == 1:
-        raise UserError(f"{path}: holds stage 1 only, expected both; finish it with --resume")
     with fitting(path):
+        if ckpt["seen"] and not ckpt["seen"][2]:
+            raise UserError(f"{path}: holds stage 1 only, expected both; finish it with --resume")
         model = Model(ckpt["config"])
         model.load_state_dict(ckpt["average"])
     return model.float().to(device).eval(), ckpt
@@ -554,8 +554,8 @@ decay                  0.0        0..1       last share of the course in which i
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
-select_at              0.0,       0..1       at these shares of the course silence redundant units
-select_least           0.5        0..1e6     keep a unit if added >= this * known (see dyga.py)
+select_at              0.0,       0..1       silence redundant units at these shares; 0: never
+select_least           0.2        0..1e6     least of informative_units in dyga.py
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -720,21 +720,6 @@ def in_bfloat16(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def check_memory(run):
-    """UserError if a step of stage 2, tried on a copy of the model, does not fit into the GPU."""
-    model = copy.deepcopy(run.model).train()
-    batch = run.cfg["batch"] // run.world  # of this process
-    images = torch.zeros(batch, 3, 64, 64, device=run.device)
-    try:
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-            loss, _ = model(images, model.vqgan.encode(images))
-        loss.backward()
-        torch.optim.AdamW(model.parameters()).step()  # Muon keeps half as much
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--batch {run.cfg['batch']}: a step of stage 2 does not fit into the "
-                        f"memory of {run.device}; try half of that, or --device cpu") from error
-
-
 def lock(path):
     """Hold the log open and locked: a second run in its folder is refused. UserError."""
     file = open(path, "a")
@@ -787,7 +772,11 @@ def main():
     if run.stage == 1:
         train_stage1(run)
     if not cfg["stage1_only"] and not run.finished:
-        train_stage2(run)
+        try:
+            train_stage2(run)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"--batch {cfg['batch']}: a step of stage 2 does not fit into the "
+                            f"memory of {device}; go on with half of that and --resume") from error
     run.save()
     if world > 1:
         dist.destroy_process_group()

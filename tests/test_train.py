@@ -97,6 +97,8 @@ def test_a_finished_stage_1_leads_to_the_same_numbers_or_with_other_settings_of_
         finished, tmp_path, main, capsys):
     theirs = kept(finished[0], "average")
     assert main(train, *SHORT, "--out", tmp_path / "a", "--stage1_only") == 0
+    with pytest.raises(data.UserError, match="holds stage 1 only"):
+        train.load_checkpoint(tmp_path / "a/ckpt.pt")
     for flags in ([], ["--seed", "3"], ["--batch", "16", "--extractor.n_units", "3"]):
         out = shutil.copytree(tmp_path / "a", tmp_path / "-".join(["b", *flags]))
         resume = ["--dataset", "shapes3d", "--out", out, "--resume", *flags]
