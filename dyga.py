@@ -423,7 +423,7 @@ def informative_units(s, least, most=0.3, bins=20):
     added * (1 - depends). It is kept if it adds enough for what was known of it, and it must add
     the more, the more it depends on those kept before:
 
-        added * (1 - depends / most) >= least * known
+        added * (1 - (depends / most)^2) >= least * known
 
         added    its gain in the share of all scalars' variance that is explained (scalars are not
                  standardised: large ones count more)
@@ -463,7 +463,7 @@ def informative_units(s, least, most=0.3, bins=20):
         best = max(candidates, key=lambda u: added[u] * (1 - depends[u]))
         candidates.remove(best)  # also if redundant: its case hardly improves later
         known = explained(steps[:, best], kept)
-        if added[best] * (1 - depends[best] / most) >= least * known:
+        if added[best] * (1 - (depends[best] / most) ** 2) >= least * known:
             kept.append(best)
     return sorted(kept)
 
@@ -498,7 +498,7 @@ def main():
         model = DyGA(len(levels), **options).fit(c)
         print(f"anchors {model.mask.sum(1).tolist()} with {options or 'the default settings'}")
 
-    unit = levels.index(5)
+    unit = 3  # that of 5 levels
     anchors = model.anchors[unit][model.mask[unit]]  # (K, D)
     axes = torch.linalg.eigh(c[:, unit].T.cov()).eigenvectors[:, -2:]  # (D, 2), the widest
     image = Image.new("RGB", (840, 450), "white")

@@ -555,7 +555,7 @@ clip                   0.0        0..1e6     largest gradient norm; 0 does not c
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.2        0..1e6     least of informative_units in dyga.py
+select_least           0.35       0..1e6     least of informative_units in dyga.py
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
