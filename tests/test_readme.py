@@ -15,10 +15,10 @@ README = (ROOT / "README.md").read_text()
 PAGES = README + (ROOT / "assets/results/README.md").read_text()
 
 
-def test_a_first_reader_needs_at_most_2100_words_and_every_local_link_and_picture_exists():
+def test_a_first_reader_needs_at_most_2000_words_and_every_local_link_and_picture_exists():
     links = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
     assert links and not [link for link in links if not (ROOT / link).exists()]
-    assert len(README.split()) <= 2_100
+    assert len(README.split()) <= 2_000
 
 
 def test_every_command_parses_and_every_flag_in_the_text_exists():
