@@ -166,7 +166,6 @@ class Dataset:
 # camera at orientation 7, z up, floor at z = 0, object on the z axis, camera 2.5 from that axis.
 # The numbers were fitted to the original's frames, less faint patterns of about 1 of 255 levels.
 
-
 def vector(x, y, z):
     """Three numbers as a column, float32 (3, 1)."""
     return torch.tensor([[x], [y], [z]]).float()
@@ -322,7 +321,6 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
 
 # ---- Helpers that train.py and evaluate.py use too ----------------------------------------------
 
-
 class UserError(Exception):
     """A mistake that the user can mend. ONE line: what was found, what was expected, what to do."""
 
@@ -413,7 +411,6 @@ def main():
 # ---- Files: SKIP THIS AT FIRST READING ----------------------------------------------------------
 # Readers yield the images at `path`, uint8 (64, 64, 3), in index order. convert() writes them ONCE
 # to a plain .npy file, which is then memory-mapped: a batch reads only its own images.
-
 
 @contextlib.contextmanager
 def readable(path, advice):

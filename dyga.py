@@ -10,8 +10,6 @@ attribute (per hue). DyGA finds such groups and shows them to the denoiser more 
            denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is that
            a denoiser which sees clear groups teaches the extractor to make them.
 
-Not in the paper, and at the end: informative_units, which tells units apart from their copies.
-
     python dyga.py    # fits toy units, prints anchors beside the truth, draws out/dyga.png
 
 In another model, whatever its latent units and its loss are:
@@ -52,10 +50,9 @@ class DyGA(nn.Module):
         accept="always",  # "always" keeps each split, like the paper; "bic" tries to split all, and
         # keeps what improves the Bayesian information criterion: with k_init 1 it finds the levels
         d_max=8,  # 1 or more: largest d_k. Paper: no limit; a unit is a curve, 8 hold its bends too
-        # The next two with accept="always" only. spread, 0 or more: psi; a cluster is split whose
-        # samples' mean distance to its mean exceeds it, in scales (of a whole unit: about root D).
-        spread=0.5,
-        split_odds=0.5,  # 0 to 1: chance of any other cluster to be split once
+        spread=0.5,  # 0 or more: psi; with "always" a cluster is split if samples' mean distance
+        # to its mean exceeds it, in scales (of a whole unit: about root D)
+        split_odds=0.5,  # 0 to 1: with "always", chance of any other cluster to be split once
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
         min_fraction=1e-3,  # 0 to 1: clusters of a smaller share of the samples are dropped
         tol=1e-4,  # 0 or more: EM ends when the mean log-likelihood rises by no more than this
@@ -96,10 +93,8 @@ class DyGA(nn.Module):
             c~ = c + delta (mu_k - c),     mu_k the anchor of highest responsibility,
             delta = lambda exp(-mean_j |c_j - mu_kj| / s_j),     s_j = max(|c_j|, scale / 10).
 
-        delta is one number per sample and unit: lambda on the anchor, less away from it. Far away
-        it need not be 0: where all |c_j| are much larger than |mu_kj|, it is lambda / e. It goes
-        to 0 where the c_j are small beside their distance from mu_k.
-
+        delta is one number per sample and unit: lambda on the anchor, towards 0 where the c_j are
+        small beside their distance from mu_k, but lambda / e where all |c_j| far exceed |mu_kj|.
         The gradient, with k and mu_k as constants:
 
             d c~ / d c = (1 - delta) I + (mu_k - c) (d delta / d c)^T
@@ -108,10 +103,8 @@ class DyGA(nn.Module):
 
         In words: the loss reaches the unit as if there were no anchor, times 1 - delta. The second
         term is what c changes about the length of the step. No gradient reaches the anchors.
-
         return_delta: return (c~, delta (B, N)); log its mean: near 0, the anchors do nothing.
-        Units constant at the last fit, and all before the first, come back as they are, delta 0.
-        """
+        Units constant at the last fit, and all before the first, come back as they are, delta 0."""
         anchor, _ = self.nearest(c)
         x = c.float()  # what follows is elementwise, which autocast leaves in float32
         # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever
@@ -124,12 +117,10 @@ class DyGA(nn.Module):
         return (c_tilde, delta) if return_delta else c_tilde
 
     def nearest(self, c):
-        """The anchor of highest responsibility, without gradient.
-
-        c (B, N, D) -> anchor (B, N, D), in c's own space, and its number (B, N), int64 below k_max.
-        Before the first fit both are 0, and self.live (N,) is false: a loss that pulls c to anchors
-        is ((c - dyga.nearest(c)[0]) * dyga.live[:, None]).abs().mean().
-        """
+        """The anchor of highest responsibility, without gradient: c (B, N, D) -> anchor (B, N, D),
+        in c's own space, and its number (B, N), int64 below k_max. Before the first fit both are 0,
+        and self.live (N,) is false: a loss that pulls c to anchors is
+        ((c - dyga.nearest(c)[0]) * dyga.live[:, None]).abs().mean()."""
         # Paper: Gumbel noise on r, then softmax at temperature 1e-4. As r is in [0, 1], such noise
         # picks the right one of K anchors with chance e / (e + K - 1) only, even where r is 1. The
         # text wants the highest r: argmax. (Noise on log r would pick k with chance r_k.) And a
@@ -152,17 +143,19 @@ class DyGA(nn.Module):
     @torch.no_grad()
     def fit(self, features, generator=None):
         """Find new anchors for all units. features: (n, N, D) floats, n >= 1. Returns self.
-
         generator: a CPU torch.Generator for starts and random splits; without, a new one of seed 0.
         self.report then has "anchors", N dicts {step: how many}, and "log_likelihood", N pairs of
-        lists (both EM runs, a number an iteration).
-        ValueError on a wrong shape, NaN or Inf. Works on the CPU, wherever its input is: many
-        thousand small steps in a row would leave a GPU idle (a guess: we have not timed one).
-        """
-        self._check(features)
+        lists (both EM runs, a number an iteration). ValueError on a wrong shape, NaN or Inf. Works
+        on the CPU, wherever its input is: small steps would leave a GPU idle (a guess, untimed)."""
+        N, D = self.centre.shape
+        if features.shape[1:] != (N, D) or not len(features) or not features.is_floating_point():
+            raise ValueError(f"features are {features.dtype} {tuple(features.shape)}; expected "
+                             f"floats of shape (n >= 1, {N}, {D})")
+        if not features.isfinite().all():
+            raise ValueError("features hold NaN or Inf; has the training diverged?")
         generator = generator or torch.Generator().manual_seed(0)
         self.report = {"anchors": [], "log_likelihood": []}
-        for i in range(len(self.mask)):
+        for i in range(N):
             x = features[:, i].cpu()  # (n, D)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             centre, scale, live = measure(x)
@@ -172,9 +165,7 @@ class DyGA(nn.Module):
             self.centre[i] = centre
             self.scale[i] = scale
             self.live[i] = live
-            self.mask[i] = False
-            self.mask[i, :K] = True
-            self.anchors[i] = 0
+            self.mask[i] = torch.arange(self.k_max) < K
             self.anchors[i, :K] = centre + scale * m.mu
             self.log_pi[i, :K] = m.log_pi
             self.q[i, :K] = m.q[..., :self.d_max]
@@ -185,10 +176,8 @@ class DyGA(nn.Module):
 
     def select_anchors(self, x, generator):
         """Algorithm 2 for one unit: x (n, D), normalised. Returns a Mixture; adds to self.report.
-
         An anchor disappears in three ways: EM leaves its component no samples (m_step); a split
-        puts two in its place; its cluster is too small, and filtered. And every fit begins anew.
-        """
+        puts two in its place; its cluster is too small, and filtered. And every fit begins anew."""
         anchors = {}  # how many after each step, for the report
         # Initialise. HDDC: E-step, M-step, update subspaces, at most max_iter times.
         m = m_step(x, plus_plus(x, self.k_init, generator), 1, self.d_max)
@@ -196,8 +185,7 @@ class DyGA(nn.Module):
         anchors["hddc"] = len(m.mu)
         # While there are clusters to split: choose one, split it, fit the halves to its samples.
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
-        # (As many random numbers for every unit: so units do not influence each other.)
-        chance = torch.rand(self.k_init, generator=generator)
+        chance = torch.rand(self.k_init, generator=generator)  # as many for every unit
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
         closed = set()  # tried, and not worth it
         while len(m.mu) < self.k_max:
@@ -223,7 +211,6 @@ class DyGA(nn.Module):
         least = min(max(self.min_samples, self.min_fraction * len(x)), max(sizes))
         m = m.of([k for k, size in enumerate(sizes) if size >= least])
         anchors["filter"] = len(m.mu)
-        # HDDC again.
         m, last = em(x, m, self.max_iter, self.tol, self.d_max)
         anchors["refit"] = len(m.mu)
         self.report["anchors"].append(anchors)
@@ -258,17 +245,8 @@ class DyGA(nn.Module):
                 return None
         return two
 
-    def _check(self, features):
-        wanted = self.centre.shape  # (N, D)
-        if features.shape[1:] != wanted or len(features) < 1 or not features.is_floating_point():
-            raise ValueError(f"features are {features.dtype} {tuple(features.shape)}; expected "
-                             f"floats of shape (n >= 1, {wanted[0]}, {wanted[1]})")
-        if not features.isfinite().all():
-            raise ValueError("features hold NaN or Inf; has the training diverged?")
-
 
 # ---- The parts of Algorithm 2, for one unit: x (n, D) normalised, m its mixture ------------------
-
 
 class Mixture(NamedTuple):
     """K Gaussians, HDDC's model [a_kj b_k Q_k d_k]: component k has variances a_kj along d_k main
@@ -310,8 +288,7 @@ def cost(x, m, J):
         + sum_j log a_kj + (D - d_k) log b_k - 2 log pi_k + D log(2 pi).
 
     x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
-    J: where the sums over j may stop: the largest d_k or more; beyond d_k their terms are 0.
-    """
+    J: where the sums over j may stop: the largest d_k or more; beyond d_k their terms are 0."""
     # In a fit a mixture has all D directions, in the buffers d_max; the others have variance b_k.
     D, width = m.q.shape[-2:]
     constant = m.a.log().sum(-1) + (D - width) * m.b.log() - 2 * m.log_pi  # (K,)
@@ -320,8 +297,7 @@ def cost(x, m, J):
     square = x.square().sum(-1)[..., None, :] - 2 * m.mu @ x.mT  # (K, n)
     square += m.mu.square().sum(-1)[..., None]
     out = square / m.b[..., None] + constant[..., None]
-    # (K, D). a_kj < b_k only by rounding
-    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()
+    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()  # (K, D); below 0 by rounding
     for j in range(J):
         q = m.q[..., j] * weight[..., j, None]  # (K, D)
         y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
@@ -333,8 +309,7 @@ def e_step(x, m):
     """Responsibilities r (K, n), equation 4, and the log-likelihood, a float."""
     log_density = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
     r = log_density.softmax(0)
-    # r of the likeliest component is its density over that of all.
-    likelihood = log_density.amax(0) - r.amax(0).log()  # (n,): logsumexp, but cheaper
+    likelihood = log_density.amax(0) - r.amax(0).log()  # (n,): r = density / sum; cheap logsumexp
     return r, likelihood.sum(dtype=torch.float64).item()
 
 
@@ -371,14 +346,11 @@ def scree(eigenvalues):
 
 
 def em(x, m, max_iter, tol, d_max):
-    """HDDC (Bouveyron, Girard, Schmid 2007): expectation maximisation. Ends when the mean
+    """HDDC (Bouveyron, Girard, Schmid 2007): expectation maximisation, until the mean
     log-likelihood of a sample rises by tol or less. Returns the mixture, and the log-likelihood
-    before each iteration, a list.
-
-    The log-likelihood never falls. HDDC as published repeats the scree test in every iteration, and
-    a smaller d_k can fit worse. Here d_k only grows within a run: the model with d_k directions is
-    contained in the one with d_k + 1, so the M-step still finds one at least as good.
-    """
+    before each iteration, a list. It never falls: HDDC as published repeats the scree test in every
+    iteration, and a smaller d_k can fit worse, but here d_k only grows within a run. The model with
+    d_k directions is contained in the one with d_k + 1: the M-step finds one at least as good."""
     history = []
     for _ in range(max_iter):
         r, likelihood = e_step(x, m)
@@ -413,30 +385,25 @@ def clusters(x, m):
 
 # ---- Beyond the paper: which units to keep -------------------------------------------------------
 
-
 def informative_units(s, least, most=0.3, bins=20):
     """Which units are not redundant. s: scalars (n, N), n some thousands -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
-    asks for fewer. So units are taken one by one (forward selection): each time the one of largest
-    added * (1 - depends). It is kept if it adds enough for what was known of it, and it must add
-    the more, the more it depends on those kept before:
+    asks for fewer. So units are taken one by one (forward selection), of the largest added *
+    (1 - depends) first, and kept if they add enough for what was known of them:
 
         added * (1 - (depends / most)^2) >= least * known
-
         added    its gain in the share of all scalars' variance that is explained (scalars are not
                  standardised: large ones count more)
         known    the share of its own step functions that those kept before explain: 1 for a copy.
                  By chance about U * bins / n (U are kept): what adds next to nothing goes, too
-        depends  of |s - its prediction from those|, the share of variance that those explain. The
-                 sine of a hue cannot be predicted from its cosine, but its size can: the sine is
-                 no new factor. A unit of depends >= most goes, whatever it adds
+        depends  of |s - its prediction from those|, the share of variance that those explain: of
+                 the sine of a hue, its cosine predicts the size only, and it is no new factor
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate. We know one failure: of x, y
-    and x + y, where the sum varies most, only the sum is kept.
-    """
+    and x + y, where the sum varies most, only the sum is kept."""
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
@@ -448,16 +415,16 @@ def informative_units(s, least, most=0.3, bins=20):
         gram.diagonal().add_(1)
         return x @ torch.linalg.solve(gram, x.T @ y)  # (n, Y)
 
-    def explained(y, units):
-        """The share of the variance of y (n, Y) that these units explain."""
-        return (y * predict(y, units)).sum() / y.square().sum()
+    def explained(y, units, dim=None):
+        """The share of the variance of y (n, Y) that these units explain; dim=0: of each column."""
+        return (y * predict(y, units)).sum(dim) / y.square().sum(dim)
 
     kept = []
     candidates = s.any(0).nonzero().flatten().tolist()  # not the silenced ones
     while candidates:
         size = (s - predict(s, kept)).abs()  # (n, N)
         size = size - size.mean(0)
-        depends = (size * predict(size, kept)).sum(0) / size.square().sum(0)  # (N,)
+        depends = explained(size, kept, dim=0)  # (N,)
         before = explained(s, kept)
         added = {u: explained(s, [*kept, u]) - before for u in candidates}
         best = max(candidates, key=lambda u: added[u] * (1 - depends[u]))
@@ -469,7 +436,6 @@ def informative_units(s, least, most=0.3, bins=20):
 
 
 # ---- Toy units: python dyga.py -------------------------------------------------------------------
-
 
 def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
     """Units (n, N, dim) like the extractor's, a scalar of levels[i] equally likely values through a

@@ -56,7 +56,6 @@ def progress(work, words, total=None):
 
 # ---- Codes: from images to one number per unit --------------------------------------------------
 
-
 def fit_pca(c):
     """One-component PCA of every unit. c: (n, N, D) -> mean and direction, each (N, D) float32.
     Metrics see a unit as one number (section 4.1). It IS one under an MLP: little is lost."""
@@ -161,7 +160,6 @@ class Probe:
 # Scores disagree, because they ask different things. FactorVAE asks only which unit is most silent:
 # one that leaks a bit of a second factor still wins its votes, while DCI charges for each leak.
 # Both let several units share a factor; MIG does not.
-
 
 class Sampler:
     """Draws codes and factors for one metric, from one generator; no factors of one value."""
@@ -472,7 +470,6 @@ def separation(dyga, probe):
 
 # ---- Figures: each gives a PIL.Image ------------------------------------------------------------
 
-
 def exchange(c_tilde, other, groups):
     """Units (B, N, ...) -> (R, B, N, ...): in each row one group's units are the other's.
     The same for factors (B, F), where a group is one number."""
@@ -587,7 +584,7 @@ def nearest_image(ds, images):
     """The image of the WHOLE dataset that looks most like each of these n -> idx int64 (n,).
     Compared at 8x8 pixels, which read all factors of 576 reconstructions of laptop's stage 1."""
     def small(images):
-        return F.adaptive_avg_pool2d(images.float(), 8).flatten(1)  # (B, 192)
+        return F.avg_pool2d(images.float(), 8).flatten(1)  # (B, 192)
     query = small(images)  # (n, 192)
     least, nearest = math.inf, 0
     parts = torch.arange(len(ds), device=query.device).split(256)

@@ -7,21 +7,19 @@ cross-attends to. Nothing here is told what a factor is: the training signal is 
 predicts noise better when the units say something useful.
 
 Two bottlenecks make disentangling possible. One scalar per unit: a unit is a curve in R^D, with one
-degree of freedom, so it pays to put one thing on it. And the MLPs are private: no unit can see
-another's scalar, so what a unit's vector says can only come from its own scalar.
+degree of freedom, so it pays to put one thing on it. And MLPs are private: none sees two scalars.
 
     python extractor.py     # prints shapes on the way, and the parameter count (Table 9: 23.570M)
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
 
 
 class UnitLinear(nn.Module):
-    """N linear layers side by side, one per unit: (N, B, d_in) -> (N, B, d_out).
-
-    It computes what a Python list of N `nn.Linear` would, each on its own unit, in one product.
-    """
+    """N nn.Linear side by side, one per unit, in one product: (N, B, d_in) -> (N, B, d_out)."""
 
     def __init__(self, n_units, d_in, d_out):
         super().__init__()
@@ -43,15 +41,12 @@ class Extractor(nn.Module):
         hidden: widths of the fully connected layers between the CNN and the N scalars.
         unit_hidden: widths of the hidden layers of each unit's private MLP.
         shrink: average the image over shrink x shrink pixels first (paper: 1).
-        unit_relu: end every MLP in a ReLU, as Table 9 does. About half of a unit's numbers are
-            then exactly 0, and equation 6 divides by them: it hardly moves such units, whatever
-            the least denominator (dyga.py). So the laptop preset leaves the ReLU out.
-        unit_line: beyond the paper, add a straight line to each private MLP, c = MLP(s) + s w + b
-            (a skip connection around it). MLPs alone often bent a unit into a V; seen along its
-            main direction, the values on one arm fall together. The line is long from the start,
-            and bends are small beside it.
-        fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not.
-    """
+        unit_relu: end every MLP in a ReLU, as Table 9 does; the laptop preset does not. About half
+            of a unit's numbers are then 0, and equation 6, which divides by them, hardly moves it.
+        unit_line: beyond the paper, c = MLP(s) + s w + b: MLPs alone often bent a unit into a V;
+            seen along its main direction, one arm's values fall together. Beside a line that is
+            long from the start, bends are small.
+        fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not."""
 
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
@@ -61,29 +56,23 @@ class Extractor(nn.Module):
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
         # first fully connected layer takes 4096 = 256 x 4 x 4 numbers, so 64 pixels are halved
         # four times: kernel 4, stride 2, padding 1. The parameter count agrees (23.570M).
-        layers = [
-            nn.Conv2d(3, channels[0], 7, padding=3),
-            nn.BatchNorm2d(channels[0]),
-            nn.ReLU(),
-        ]
-        for c_in, c_out in zip(channels[:-1], channels[1:]):
-            layers += [
-                nn.Conv2d(c_in, c_out, 4, stride=2, padding=1),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-            ]
+        layers = [nn.Conv2d(3, channels[0], 7, padding=3)]
+        layers += [nn.BatchNorm2d(channels[0]), nn.ReLU()]
+        for c_in, c_out in pairwise(channels):
+            layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)]
+            layers += [nn.BatchNorm2d(c_out), nn.ReLU()]
         self.cnn = nn.Sequential(*layers)
 
         side = 64 // shrink // 2 ** (len(channels) - 1)  # of the last feature map, in pixels
         widths = [channels[-1] * side * side, *hidden]
         dense = []
-        for d_in, d_out in zip(widths[:-1], widths[1:]):
+        for d_in, d_out in pairwise(widths):
             dense += [nn.Linear(d_in, d_out), nn.ReLU()]
         self.to_scalars = nn.Sequential(*dense, nn.Linear(widths[-1], n_units))
 
         widths = [1, *unit_hidden, unit_dim]
         layers = []
-        for d_in, d_out in zip(widths[:-1], widths[1:]):
+        for d_in, d_out in pairwise(widths):
             layers += [UnitLinear(n_units, d_in, d_out), nn.ReLU()]
         self.unit_mlp = nn.Sequential(*layers if unit_relu else layers[:-1])
         self.unit_line = UnitLinear(n_units, 1, unit_dim) if unit_line else None
@@ -112,19 +101,15 @@ class Extractor(nn.Module):
 
 class FSQ(nn.Module):
     """Not part of the method, skip it at first: finite scalar quantisation (Mentzer et al. 2023),
-    Table 11's rival of DyGA (dyga.py). c (B, N, D) -> (B, N, D).
-
-    A unit is mapped to a few numbers, each is rounded to one of `levels` evenly spaced values, and
-    the result is mapped back. With the paper's levels (8, 5, 5) a unit can take 200 values: enough,
-    but they lie on an even grid, whatever the attributes are; the two maps only stretch it.
-    Paper: does not say whether all units share the two maps; here they do, as is common.
-    """
+    Table 11's rival of DyGA. A unit of c (B, N, D) is mapped to a few numbers, each is rounded to
+    one of `levels` evenly spaced values, and the result is mapped back. With the paper's (8, 5, 5)
+    a unit can take 200 values: enough, but on an even grid, whatever the attributes are.
+    Paper: does not say whether all units share the two maps; here they do, as is common."""
 
     def __init__(self, dim, levels):
         super().__init__()
         self.down, self.up = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
-        # From the lowest to the highest value: (L,).
-        self.register_buffer("steps", torch.tensor(levels) - 1.0, persistent=False)
+        self.register_buffer("steps", torch.tensor(levels) - 1.0, persistent=False)  # (L,)
 
     def forward(self, c):
         z = self.down(c).sigmoid() * self.steps  # (B, N, L), each from 0 to its number of steps

@@ -6,19 +6,11 @@
     torchrun --nproc_per_node=2 train.py --dataset shapes3d    # two GPUs, or two CPU processes
 
 It writes to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py and --resume need),
-log.jsonl and samples.png. One step of stage 2, as data sees it:
-
-    image x0 -> extractor -> c (B, N, D) -> dyga.align -> c~ (B, N, D) ------.
-      |                                                                       v
-      '-> stage 1 (frozen, once) -> z0 -> noise eps, time t -> z_t -> unet(z_t, t, c~) = eps^
-
-and the loss is the distance of eps^ from eps.
-
-Reading order: presets, Model, the two loops (train_stage1, train_stage2); then what they call.
+log.jsonl and samples.png. README.md draws one step of stage 2.
 
 Each step seeds itself from --seed and its place in the run. So a resumed run ends like one that
-never stopped, to the last bit, on the same CPU with the same number of threads; with other threads,
-devices or processes it is the same run with other roundings, or another draw of images and noise.
+never stopped, to the last bit, on the same CPU with as many threads. With others roundings differ;
+on another device, or with another number of processes, images and noise are drawn anew, too.
 """
 
 import argparse
@@ -40,6 +32,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import FastICA
 from tqdm import tqdm
 
 import data
@@ -55,61 +50,55 @@ LOG_STEPS = 25  # between two rows of the log; a signal waits for the next one
 PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is, in its checkpoint
 
 # ---- Presets -------------------------------------------------------------------------------------
-# Flags that are put in front of yours. The defaults are the paper's where it states one (Tables 7
-# to 9, section C.1); what each flag means stands in the table of settings below.
+# Flags that are put in front of yours; what each means stands in the table of settings below.
 
 PRESETS = {
     "paper": "",
     "laptop": """
-    # For a laptop's CPU: the paper's method and DyGA's settings, with two additions (unit_line,
-    # select_at), other sizes, optimiser and losses.
-    #
-    # Stage 1 makes 8x8 latents (f = 8): a U-Net on 16x16 would cost four times as much per image.
-    # It works on patches of 8x8 pixels, at one level, and spends the time that this saves on width.
-    # Four channels and a squared error gave sharper pictures than three and L1. No discriminator,
-    # which would double the time of a step.
+    # For a laptop's CPU: the paper's method and two additions (unit_line, select_at). Most of what
+    # differs saves time; README.md has a table. On latents of 16x16 a U-Net would cost four times
+    # as much. Patches, on one level, leave time for width. Four channels and a squared error gave
+    # sharper pictures than three and L1. A discriminator would double the time of a step.
     --vqgan.patch 8 --vqgan.multipliers 1 --vqgan.res_blocks 0 --vqgan.channels 96
     --vqgan.z_channels 4 --stage1.disc_weight 0 --stage1.loss mse --stage1.lr 6e-3
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
 
-    # The extractor sees the image at 32x32, has one convolution less, and is a quarter as wide or
-    # less, for time. No ReLU at the end of a unit, and a straight line in it (see Extractor).
+    # Small, for time. No ReLU at the end of a unit, and a straight line in it (see Extractor).
     --extractor.shrink 2 --extractor.channels 16 32 64 64 --extractor.hidden 256 128
     --extractor.unit_hidden 64 128 --no-extractor.unit_relu --extractor.unit_line
 
-    # Half as wide, two levels in place of four, for time. Transformers at 4x4 only (2 is the
-    # downsampling factor): at 8x8 attention stays uniform, so nothing is looked up there. By the
-    # released rule (see UNet), skip dropout then acts on every skip.
-    --unet.base 32 --unet.multipliers 1 2 --unet.res_blocks 1 --unet.attention_at 2
+    # Small, for time. Transformers at 4x4 only (2 is the downsampling factor): at 8x8 attention
+    # stays uniform. By the released rule (see UNet), skip dropout then acts on every skip. One
+    # head: a pixel looks up one unit at a time. Several look up one each and blend them.
+    --unet.base 32 --unet.multipliers 1 2 --unet.res_blocks 1 --unet.attention_at 2 --unet.heads 1
     --no-unet.self_attention --unet.dropout 0
-    # One head: a pixel looks up one unit at a time. Several look up one each and blend them.
-    --unet.heads 1
 
     # What is learnt earlier: shape and orientation by Muon (in stage 1, too) than by AdamW; hues
     # with times from the middle of the schedule than with uniform ones; small objects with a
-    # squared error than with L1.
-    --optimizer muon --t_sampling logit_normal --loss mse
+    # squared error than with L1. What is known roughly then becomes precise: the loss moves from
+    # the error of eps to that of v. (From the start on, small objects would be learnt too late.)
+    --optimizer muon --t_sampling logit_normal --loss mse --v_weight 1
+    # Batches of 32 learn more from an image, but take a third longer for it. We have not searched
+    # for better rates, warm-up, decay and clipping.
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: redundant units are silenced (dyga.py, informative_units). Half-way, when
-    # every factor is told by some unit, and again when the kept ones have had time to change.
-    --select_at 0.5 0.7
+    # Beyond the paper: redundant units are silenced (dyga.py, informative_units). Once when every
+    # factor is told by some unit, and again when the kept ones have had time to change. Then
+    # those that mix two factors are turned (unmix_units).
+    --select_at 0.5 0.65 --unmix_at 0.65
 
-    # 48,000 images (a tenth of Shapes3D), each drawn 3.5 times on average: stage 1 encodes each
-    # once only, and anchors, fitted every 48,000, have time to act. The moving average is short,
-    # like the run.
-    --images 168000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
+    # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
+    # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
+    --images 224000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
     "tiny": """
     # For the tests: both stages and anchors in seconds, the discriminator too; nothing is learnt.
     --vqgan.patch 4 --vqgan.channels 16 --vqgan.multipliers 1 2 --vqgan.res_blocks 1
     --vqgan.codebook_size 64 --stage1.lr 2e-3 --stage1.disc_width 8 --stage1.restart_images 160
-    --stage1.batch 16 --stage1.images 640
-    --extractor.n_units 6 --extractor.shrink 4 --extractor.channels 8 16 16
-    --extractor.hidden 32 32 --extractor.unit_hidden 16 16
+    --stage1.batch 16 --stage1.images 640 --extractor.n_units 6 --extractor.shrink 4
+    --extractor.channels 8 16 16 --extractor.hidden 32 32 --extractor.unit_hidden 16 16
     --unet.base 16 --unet.multipliers 1 2 --unet.res_blocks 1 --unet.attention_at 1 2
-    --unet.heads 2 --unet.groups 4
-    --lr 1e-3 --batch 32 --images 1280 --pool_images 640 --ema_half_life 1000 --fit_images 320
-    --ddim_steps 10
+    --unet.heads 2 --unet.groups 4 --lr 1e-3 --batch 32 --images 1280 --pool_images 640
+    --ema_half_life 1000 --fit_images 320 --ddim_steps 10
     """,
 }
 PRESETS["minute"] = PRESETS["laptop"] + """
@@ -120,14 +109,13 @@ PRESETS["minute"] = PRESETS["laptop"] + """
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
     --extractor.unit_hidden 64 64 --unet.groups 16 --unet.multipliers 1 --unet.attention_at 1
     --batch 32 --warmup 1600 --images 56000 --pool_images 1000 --fit_images 1000 --fit_every 6
-    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75
+    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75 --unmix_at 0.75
 """
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
 
 
 # ---- The model: all four networks, and how they call each other ----------------------------------
-
 
 class Model(torch.nn.Module):
     """The VQ-GAN, extractor, anchors and U-Net together. cfg: a dict of all settings."""
@@ -142,15 +130,14 @@ class Model(torch.nn.Module):
         self.unet = UNet(self.vqgan.z_channels, context_dim=D, **part(cfg, "unet"))
         self.register_buffer("alpha_bar", alpha_bar_schedule(), persistent=False)  # (T,)
 
-    def forward(self, images, z0):
+    def forward(self, images, z0, v_weight=0.0):
         """Images uint8 (B, 3, H, W), latents z0 (B, Z, h, w) -> the loss of equation 2, and what
         to log: a dict of 0-dim tensors."""
         c = self.extractor(to_float(images))  # (B, N, D)
-        # A loss on c would be added here, for instance the one in the docstring of dyga.nearest:
-        # alignment changes what the U-Net sees, but pulls no c to an anchor.
+        # A loss on c would be added here (see dyga.nearest): alignment pulls no c to an anchor.
         c_tilde, delta = self.dyga.align(c, return_delta=True)  # (B, N, D), (B, N)
         loss = diffusion_loss(self.unet, z0, c_tilde, self.alpha_bar, self.cfg["loss"],
-                              self.cfg["t_sampling"])
+                              self.cfg["t_sampling"], v_weight)
         return loss, {"loss": loss, "mean_delta": delta.mean()}
 
     @torch.no_grad()
@@ -163,7 +150,6 @@ class Model(torch.nn.Module):
         noise = torch.randn(count, *self.vqgan.latent_shape, generator=generator)
         return noise.to(self.alpha_bar.device)
 
-    @torch.no_grad()
     def sample(self, c_tilde, noise, steps):
         """DDIM: aligned units c_tilde (B, N, D) and noise -> images uint8 (B, 3, 64, 64)."""
         return self.vqgan.decode(ddim(self.unet, noise, c_tilde, self.alpha_bar, steps))
@@ -177,7 +163,6 @@ def part(values, name):
 
 # ---- The two loops -------------------------------------------------------------------------------
 
-
 def train_stage1(run):
     """Train the VQ-GAN (Table 7). It is short: every process of a torchrun does all of it."""
     cfg, vqgan, disc = run.cfg, run.model.vqgan, run.disc
@@ -190,12 +175,9 @@ def train_stage1(run):
         x = to_float(run.ds.images(idx))  # (B, 3, 64, 64)
         # Paper: names no schedule. Constant, then linearly to 0 over the second half.
         lr = cfg["stage1.lr"] * min(1.0, 2 - 2 * run.seen[1] / total)
-        # The first step restarts too: it puts the codes where the encoder's outputs are.
         if run.seen[1] % cfg["stage1.restart_images"] < len(idx):
-            vqgan.codebook.restart(vqgan.encoder(x))
-
-        loss, row = stage1_losses(vqgan, disc, x, cfg["stage1.loss"], cfg["stage1.disc_weight"],
-                                  cfg["stage1.commitment"])
+            vqgan.codebook.restart(vqgan.encoder(x))  # at step 1 too: all codes move onto latents
+        loss, row = stage1_losses(vqgan, disc, x, cfg["stage1.loss"], cfg["stage1.disc_weight"])
         vqgan.zero_grad()
         loss.backward()
         if disc:  # its own loss; the VQ-GAN's loss has left gradients in it, too
@@ -219,10 +201,13 @@ def train_stage2(run):
     fit_every = cfg["fit_every"] * len(run.pool)  # in images
     # The encoder is frozen, and each image comes several times: keep the latents of all.
     model.vqgan.requires_grad_(False)
-    z0_pool = encode_pool(run)  # (n, Z, h, w)
+    latents = []
+    for idx in tqdm(run.pool.split(500), "encoding, 500 images each", disable=None):
+        latents.append(model.vqgan.encode(run.ds.images(idx)).half())
+        run.stop_if_signalled()
+    z0_pool = torch.cat(latents)  # float16 (n, Z, h, w)
     model.extractor.train()
     model.unet.train()
-    trained = [*model.extractor.parameters(), *model.unet.parameters()]
     net = model
     if run.world > 1:  # averages the gradients, and hands process 0's buffers (anchors) to all
         net = torch.nn.parallel.DistributedDataParallel(model)
@@ -239,61 +224,84 @@ def train_stage2(run):
         rise, fall = seen / max(cfg["warmup"], 1), (1 - progress) / max(cfg["decay"], 1e-9)
         lr = cfg["lr"] * min(1.0, rise, fall)
 
-        # Forward (where times, noise and dropout are drawn), loss, backward, step.
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bfloat16):
-            loss, row = net(x0, z0)
+            loss, row = net(x0, z0, cfg["v_weight"] * progress)
         net.zero_grad()
         loss.backward()
-        row["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, cfg["clip"] or math.inf)
+        row["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["clip"] or math.inf)
         step(run.optimizers[2], lr)
 
         # Paper: no word on what is averaged (LDM: the U-Net). The extractor gets evaluated: it too.
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
-        # Beyond the paper: from here on without redundant units.
         if any(now < share * total <= seen for share in cfg["select_at"]):
             select_units(run, seen)
+        if now < cfg["unmix_at"] * total <= seen:
+            unmix_units(run, seen)
         if seen // fit_every > now // fit_every:
             fit_anchors(run, model, seen)
         run.after_step(batch, row)
 
-    # The averaged weights have units of their own, which the training weights' anchors do not
-    # fit. So the average is unaligned (samples.png too) until it gets its anchors, here.
     run.write_row()
+    # The averaged weights have units of their own, which the training weights' anchors do not fit.
+    # So the average is unaligned (samples.png too) until it gets its anchors, here.
     fit_anchors(run, average, run.seen[2])
     run.finished = True
 
 
-def encode_pool(run):
-    """Latents of all images that stage 2 trains on, float16 (n, Z, h, w)."""
-    latents = []
-    for idx in tqdm(run.pool.split(500), "encoding, 500 images each", disable=None):
-        latents.append(run.model.vqgan.encode(run.ds.images(idx)).half())
-        run.stop_if_signalled()
-    return torch.cat(latents)
-
-
-@torch.no_grad()
 def select_units(run, seen):
     """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
-    s = [run.average.extractor.scalars(to_float(run.ds.images(idx)))
-         for idx in run.fit_idx.split(500)]
-    kept = informative_units(torch.cat(s), run.cfg["select_least"])
+    s = scalars_of(run)
+    kept = informative_units(s, run.cfg["select_least"])
     for model in (run.model, run.average):
         model.extractor.kept.zero_()
         model.extractor.kept[kept] = True
     run.log(kept=kept, images=seen)
 
 
+def scalars_of(run):
+    """The averaged weights' scalars of the images that anchors are fitted to, (n, N)."""
+    s = [run.average.extractor.scalars(to_float(run.ds.images(i))) for i in run.fit_idx.split(500)]
+    return torch.cat(s)
+
+
 @torch.no_grad()
+def unmix_units(run, seen, least=0.2):
+    """Beyond the paper: turn the kept scalars until they are independent, by FastICA (Hyvarinen).
+
+    Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
+    The loss does not mind. But of all mixtures of independent numbers those are the most Gaussian
+    that mix most: so the least Gaussian directions are the factors themselves. They become the
+    units that they resemble most, with these units' means and deviations, by new weights of the
+    layer that tells the scalars. Mixtures of less than `least` are left as they are.
+    """
+    s = scalars_of(run).cpu()  # (n, N)
+    kept = run.average.extractor.kept.nonzero()[:, 0].cpu()  # (U,)
+    mean, sd = s[:, kept].mean(0), s[:, kept].std(0)  # (U,)
+    ica = FastICA(whiten="unit-variance", max_iter=1000, random_state=run.cfg["seed"])
+    ica.fit(((s[:, kept] - mean) / sd).numpy())
+    turn = F.normalize(torch.from_numpy(ica.components_).float())  # (U, U), a row a direction
+    turn = turn[linear_sum_assignment(turn.T.abs(), maximize=True)[1]]  # row u is unit u's
+    turn *= turn.diagonal().sign()[:, None]
+    turn = torch.where(turn.abs() < least, 0, turn)
+    correlation = torch.atleast_2d(s[:, kept].T.corrcoef())  # (U, U)
+    turn /= (turn @ correlation * turn).sum(1, keepdim=True).sqrt()  # to deviation 1
+    turn = sd[:, None] * turn / sd  # of scalars as they are
+    for model in (run.model, run.average):
+        layer = model.extractor.to_scalars[-1]
+        on = layer.weight.device
+        layer.weight[kept] = turn.to(on) @ layer.weight[kept]
+        layer.bias[kept] = (mean + turn @ (layer.bias[kept].cpu() - mean)).to(on)
+    run.log(turn=turn.tolist(), images=seen)
+
+
 def fit_anchors(run, model, seen):
     """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
     if run.rank or not run.cfg["dyga.lam"]:
         return  # process 0 fits for all; without anchors, or with lambda 0, c~ is c
     model.extractor.eval()  # a unit must not depend on the rest of its batch
-    # (n, N, D)
-    units = torch.cat([model.units(run.ds.images(idx)) for idx in run.fit_idx.split(500)])
+    units = torch.cat([model.units(run.ds.images(i)) for i in run.fit_idx.split(500)])  # (n, N, D)
     model.extractor.train(model is run.model)
     if not units.isfinite().all():
         raise UserError("units are not finite; start again with a lower --lr")
@@ -307,11 +315,10 @@ def make_optimizers(cfg, networks, others, betas, weight_decay):
 
     `others` are never Muon's: a codebook is a table of points, not a map between spaces.
     """
-    adamw, muon = [p for other in others for p in other.parameters()], []
-    for network in networks:
-        for p in network.parameters():
-            chosen = muon if cfg["optimizer"] == "muon" and p.ndim > 1 else adamw
-            chosen.append(p)
+    adamw, muon = [*torch.nn.ModuleList(others).parameters()], []
+    for p in torch.nn.ModuleList(networks).parameters():
+        chosen = muon if cfg["optimizer"] == "muon" and p.ndim > 1 else adamw
+        chosen.append(p)
     # The learning rates are set at every step, see below. fused: the whole update in one kernel.
     optimizers = [torch.optim.AdamW(adamw, 0.0, betas, weight_decay=weight_decay, fused=True)]
     return optimizers + [Muon(muon, 0.0)] if muon else optimizers
@@ -320,13 +327,11 @@ def make_optimizers(cfg, networks, others, betas, weight_decay):
 def step(optimizers, lr):
     """One step of every optimiser at this learning rate."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
 
 
 # ---- The run: where it is, and what it writes ----------------------------------------------------
-
 
 class Run:
     """One training run: images, model, optimisers, how far it is, and its files."""
@@ -336,7 +341,6 @@ class Run:
         self.ckpt_path, self.log_path = self.out / "ckpt.pt", self.out / "log.jsonl"
         self.world, self.rank = world, dist.get_rank() if world > 1 else 0
         self.bfloat16 = in_bfloat16(device)
-
         torch.manual_seed(self.seed_of(0))  # the initial weights
         self.model = Model(cfg).to(device).eval()
         self.disc = (PatchDiscriminator(cfg["stage1.disc_width"]).to(device)
@@ -347,28 +351,24 @@ class Run:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.average = copy.deepcopy(self.model).requires_grad_(False)  # EMA, own anchors
         self.average.vqgan = self.model.vqgan  # one stage 1 for both
-
         # Fixed random samples: images that anchors are fitted to, images of stage 2.
         generator = torch.Generator().manual_seed(self.seed_of(4))
         order = torch.randperm(len(self.ds), generator=generator).to(device)
         self.fit_idx = order[:cfg["fit_images"]]
         self.pool = order[:min(cfg["pool_images"], cfg["images"])]  # no more than will be seen
-
         # AdamW's averages: LDM's short ones where the loss moves with the discriminator. Weight
         # decay, 0.01 in stage 2, is torch's and LDM's default; the paper names none.
         betas = (0.5, 0.9) if self.disc else (0.9, 0.99)
-        vqgan = self.model.vqgan
+        net, vqgan = self.model, self.model.vqgan
         others = [vqgan.codebook, self.disc] if self.disc else [vqgan.codebook]
-        networks = [self.model.extractor, self.model.unet]
         self.optimizers = {
             1: make_optimizers(cfg, [vqgan.encoder, vqgan.decoder], others, betas, 0.0),
-            2: make_optimizers(cfg, networks, [], (0.9, 0.999), 0.01),
+            2: make_optimizers(cfg, [net.extractor, net.unet], [], (0.9, 0.999), 0.01),
         }
 
-        # Where the run is: see PLACE. seen: images that each stage has seen.
-        self.stage, self.seen, self.finished = 1, {1: 0, 2: 0}, False
+        self.stage, self.seen, self.finished = 1, {1: 0, 2: 0}, False  # seen: images of each stage
         self.minutes, self.log_bytes = 0.0, 0
-        self.clock = self.saved = time.perf_counter()
+        self.start = self.saved = time.perf_counter()
         self.rows, self.stopped_by = [], None
 
     def seed_of(self, *place):
@@ -401,9 +401,8 @@ class Run:
                  for name in self.rows[0]}
         self.rows = []
         if not math.isfinite(sum(means.values())):
-            raise UserError(f"stage {self.stage}, image {self.seen[self.stage]:,} or shortly "
-                            f"before: not finite: {means}; start again with a lower --lr or "
-                            f"--stage1.lr; the last good state, if any, is in {self.ckpt_path}")
+            raise UserError(f"stage {self.stage}, image {self.seen[self.stage]:,}: not finite: "
+                            f"{means}; start again with a lower --lr or --stage1.lr")
         self.log(**means)
         self.bar.set_postfix(means, refresh=False)
 
@@ -411,9 +410,7 @@ class Run:
         """Append a row to log.jsonl."""
         if self.rank:
             return
-        now = time.perf_counter()
-        self.minutes += (now - self.clock) / 60
-        self.clock = now
+        self.minutes = (time.perf_counter() - self.start) / 60
         place = {"stage": self.stage, "images": self.seen[self.stage], "minutes": self.minutes}
         with open(self.log_path, "a") as file:
             file.write(json.dumps(place | row) + "\n")
@@ -448,17 +445,15 @@ class Run:
         parts = {"model": self.model, "average": self.average}
         if self.disc and self.stage == 1:
             parts["disc"] = self.disc
-        for i, optimizer in enumerate(self.optimizers[self.stage]):
-            parts[f"optimizer {i}"] = optimizer
-        return parts
+        return parts | {f"optimizer {i}": o for i, o in enumerate(self.optimizers[self.stage])}
 
     def restore(self, ckpt):
         """Stand where the run that wrote ckpt stood. UserError if its parts do not fit."""
         with fitting(self.ckpt_path):
             for name in PLACE:
                 setattr(self, name, ckpt[name])
-            if self.stage == 2 and self.seen[2] == 0:
-                # The networks of stage 2 are as new, and may have other settings now.
+            self.start -= 60 * self.minutes
+            if self.stage == 2 and self.seen[2] == 0:  # its networks may have other settings now
                 self.model.vqgan.load_state_dict(part(ckpt["model"], "vqgan"))
                 return
             for name, module in self.parts().items():
@@ -479,10 +474,9 @@ class Run:
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
-
 def read_checkpoint(path):
     """A checkpoint of this code, read safely -> dict. UserError: foreign, damaged, or older."""
-    try:
+    with fitting(path):
         # torch.load ignores the file's checksums: a flipped bit would become a wrong weight.
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # the first damaged part
@@ -490,24 +484,21 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from a file
         if ckpt["format"] != FORMAT:
             raise ValueError(f"format {ckpt['format']}, expected {FORMAT}: train it again")
-        return ckpt
-    except FileNotFoundError:  # the system's own words name the file
-        raise
-    except Exception as error:  # foreign bytes fail in any way
-        reason = str(error).partition("\n")[0]  # torch says much more
-        raise UserError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: "
-                        f"{reason}); expected a whole ckpt.pt of this version of train.py "
-                        "(tests/released.py converts those of the paper's code)") from error
+    return ckpt
 
 
 @contextlib.contextmanager
 def fitting(path):
-    """UserError for a checkpoint that lacks a part, or whose part is not what we build."""
+    """UserError for a file that is no checkpoint, or whose parts are not what we build."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not as this train.py wrote it ({type(error).__name__}); expected "
-                        "all parts; train it again") from error
+    except (FileNotFoundError, UserError):  # their own words name the file
+        raise
+    except Exception as error:  # foreign bytes fail in any way
+        reason = str(error).partition("\n")[0]  # torch says much more
+        raise UserError(f"{path}: cannot be read as a checkpoint, or is not as this train.py wrote "
+                        f"it ({type(error).__name__}: {reason}); expected a whole ckpt.pt "
+                        "(tests/released.py converts those of the paper's code)") from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -523,7 +514,7 @@ def load_checkpoint(path, device="cpu"):
 
 # ---- Settings: default < preset < dataset < flag -------------------------------------------------
 # One row a setting: name, default (*: see the signature of the class), least and most or choices,
-# help. Defaults are the paper's where it states them.
+# help. Defaults are the paper's where it states them (Tables 7 to 9, section C.1).
 
 TABLE = """
 dataset                shapes3d   shapes3d|cars3d|mpi3d_toy|celeba|folder   see data.py
@@ -542,7 +533,6 @@ stage1.lr              2e-4       0..1       learning rate of stage 1 (not in th
 stage1.loss            l1         l1|mse     of the reconstruction (mse: sharper edges)
 stage1.disc_weight     0.75       0..100     of the discriminator; 0 leaves it out altogether
 stage1.disc_width      64         1..1024    width of the discriminator's first layer
-stage1.commitment      0.25       0..100     weight of the encoder's term of the codebook loss
 stage1.restart_images  100_000    1..1e12    images between two rescues of unused codes
 images                 10_000_000 1..1e12    images that stage 2 sees (not in the paper)
 pool_images            10_000_000 1..1e12    different ones among these, at random, at most
@@ -554,8 +544,10 @@ decay                  0.0        0..1       last share of the course in which i
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
 loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             uniform    uniform|logit_normal      how t is drawn in training
+v_weight               0.0        0..2       weight of noisy times at the end (see diffusion_loss)
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.35       0..1e6     least of informative_units in dyga.py
+select_least           0.3        0..1e6     least of informative_units in dyga.py
+unmix_at               0.0        0..1       make kept scalars independent at this share; 0: never
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -585,8 +577,6 @@ dyga.d_max             *          1..4096    main directions of a component at m
 dyga.spread            *          0..1e6     a wider cluster is split, in scales of its unit
 dyga.split_odds        *          0..1       chance of other clusters to be split (accept always)
 dyga.min_samples       *          1..1e6     smaller clusters are dropped
-dyga.min_fraction      *          0..1       clusters of a smaller share are dropped
-dyga.tol               *          0..1e6     EM ends when its mean log-likelihood rises by less
 unet.base              *          2..4096    width of the first level
 unet.multipliers       *          1..64      width of each level, in base
 unet.res_blocks        *          1..16      residual blocks a level on the way down
@@ -605,8 +595,7 @@ HERE = ("data_dir", "out", "resume", "stage1_only", "device")  # may differ when
 
 def build_parser():
     """Every setting as a flag with its help; the defaults are the paper's."""
-    p = data.Parser(description="Train disentangled latent units with a diffusion model. Defaults "
-                    "are the paper's, or ours where it has none. A preset changes some.")
+    p = data.Parser(description="Defaults are the paper's, or ours; a preset changes some.")
     for row in TABLE.strip().splitlines():
         name, default, limits, text = row.split(maxsplit=3)
         if default == "*":
@@ -619,8 +608,7 @@ def build_parser():
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(default, tuple):  # --unet.multipliers 1 2 4 4
             default = list(default)
-            number = type(sum(default))  # int or float
-            kind = {"type": within(number, limits), "nargs": "+"}
+            kind = {"type": within(type(sum(default)), limits), "nargs": "+"}
         elif ".." in limits:
             kind = {"type": within(type(default), limits)}
         elif "|" in limits:
@@ -650,37 +638,27 @@ def parse():
     preset = args.preset or ("paper" if device.type == "cuda" else "laptop")
     out = Path(args.out or f"out/{args.dataset}-{preset}")
     if (out / "ckpt.pt").exists() and not args.resume:
-        raise UserError(f"{out} holds a run already; add --resume to go on with it, or choose "
-                        "another --out")
+        raise UserError(f"{out} holds a run already; add --resume, or choose another --out")
     if args.resume:  # a run goes on with the settings that it began with
         ckpt = read_checkpoint(out / "ckpt.pt")
         begun = {name: held for name, held in ckpt["config"].items() if name not in HERE}
         parser.set_defaults(**begun)
         cfg = vars(parser.parse_args())
-        refuse_contradictions(cfg, begun, ckpt)
+        # Between the stages, those of stage 2 may differ: to try several, copy the folder of a
+        # finished stage 1 and resume each copy. Later not: the learning rate follows the length
+        # planned at the start.
+        between = ckpt["stage"] == 2 and not ckpt["seen"][2]
+        for name, held in begun.items():
+            stage1 = name.startswith(("vqgan.", "stage1.")) or name in ("dataset", "source", "vary")
+            if cfg[name] != held and (stage1 or not between):
+                raise UserError(f"--{name} {cfg[name]}: the run began with {held}; leave it out")
     else:
         ckpt = None
-        flags = PRESETS[preset]
-        if preset == "paper":
-            flags += PER_DATASET.get(args.dataset, "")
+        flags = PRESETS[preset] + (PER_DATASET.get(args.dataset, "") if preset == "paper" else "")
         cfg = vars(parser.parse_args(shlex.split(flags, comments=True) + sys.argv[1:]))
         cfg["preset"] = preset
     cfg["out"] = str(out)
     return cfg, device, ckpt
-
-
-def refuse_contradictions(cfg, begun, ckpt):
-    """UserError if a flag beside --resume differs from the settings that the run began with.
-
-    Between the stages, those of stage 2 may: to try several, copy the folder of a finished stage 1
-    and resume each copy. Later not: the learning rate follows the length planned at the start.
-    """
-    between = ckpt["stage"] == 2 and not ckpt["seen"][2]
-    for name, held in begun.items():
-        stage1 = name.startswith(("vqgan.", "stage1.")) or name in ("dataset", "source", "vary")
-        if cfg[name] != held and (stage1 or not between):
-            raise UserError(f"--{name} {cfg[name]}: the run to resume began with {held}; leave it "
-                            "out, or choose another --out")
 
 
 def check_settings(cfg, world):
@@ -700,7 +678,6 @@ def check_settings(cfg, world):
 
 
 # ---- The machine ---------------------------------------------------------------------------------
-
 
 def pick_device(text):
     """--device -> torch.device. UserError if there is no such device here."""
@@ -729,15 +706,13 @@ def lock(path):
     except ImportError:
         pass  # Windows has no fcntl: no lock there
     except OSError:
-        raise UserError(f"{path.parent}: another run writes there; wait for it, or choose another "
-                        "--out") from None
+        raise UserError(f"{path.parent}: another run writes there; choose another --out") from None
     return file
 
 
 def main():
     """Parse, say what was chosen, run both stages, write everything."""
-    # Numbers below 1e-38 count as 0. Momentum of a weight whose gradient has died out decays to
-    # such numbers, and many CPUs compute with them a hundred times slower.
+    # Momenta that decay below 1e-38 count as 0: many CPUs are a hundred times slower with them.
     torch.set_flush_denormal(True)
     cfg, device, ckpt = parse()
     world = 1
@@ -751,7 +726,6 @@ def main():
     run = Run(cfg, device, world)
     if ckpt:
         run.restore(ckpt)
-
     if run.rank == 0:
         run.out.mkdir(parents=True, exist_ok=True)
         log = lock(run.log_path)

@@ -7,9 +7,8 @@ drowns z0 in noise, and this network must say what the noise was, given the unit
     z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps              (t steps of equation 1)
     eps^ = UNet(z_t, t, c~)                          (its distance from eps: equation 2)
 
-Table 8's U-Net on a latent of 16x16. Each () is a ResBlock, (+) one with a Transformer behind it,
-where each pixel looks up the units. (On the way up each takes one skip; the third at a level is
-that of the layer which made the level: conv, or the step down.)
+Table 8's U-Net on a latent of 16x16. () is a ResBlock, (+) one with a Transformer, where each pixel
+looks up the units. On the way up each takes one skip; a level's third is conv's, or a step down's.
 
     z_t -> conv -> 16x16 (+)(+) --.                              .-> 16x16 (+)(+)(+) -> conv -> eps^
                        8x8 (+)(+) --.        skips             .-> 8x8 (+)(+)(+)
@@ -32,13 +31,11 @@ import torch.nn.functional as F
 
 # ---- The noise schedule, and time ----------------------------------------------------------------
 
-
 def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
     """alpha_bar_t = prod_{s<=t} (1 - beta_s), float32 (timesteps,), falling from 0.9985 to 0.0007.
 
     Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means
-    linear in sqrt(beta), which adds noise more gently at first; the end points are that code's.
-    """
+    linear in sqrt(beta), which adds noise more gently at first; the end points are that code's."""
     betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, timesteps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0).float()  # float64 until here: 1,000 rounded products
 
@@ -58,7 +55,6 @@ def time_embedding(t, dim):
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
 
-
 def zero(module):
     """Start a layer at 0: its residual branch adds nothing at first, which steadies training."""
     for p in module.parameters():
@@ -69,11 +65,9 @@ def zero(module):
 def drop_channels(x, rate, training):
     """Zero whole channels of x (B, C, h, w), each with probability `rate` (1 - p in equation 7).
 
-    Whole channels, because neighbouring pixels of one channel nearly repeat each other: dropping
-    single pixels would hide almost nothing.
+    Dropping single pixels would hide almost nothing: their neighbours nearly repeat them.
     Paper: equation 7 multiplies by the Bernoulli mask alone. We also divide by p, as its released
-    code does, so that the expected value is the same in training and at test time.
-    """
+    code does, so that the expected value is the same in training and at test time."""
     if not training or rate == 0:
         return x
     keep = torch.rand(x.shape[:2], device=x.device) >= rate  # (B, C)
@@ -81,15 +75,13 @@ def drop_channels(x, rate, training):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, conv, then norm, scale and shift by time, SiLU, dropout, conv; residual.
+    """Norm, SiLU, resize, conv, then norm, scale and shift by time, SiLU, dropout, conv; residual.
 
-    `resample` is None, "down" (average 2x2) or "up" (repeat 2x2), on both branches, before the
-    first convolution: LDM's `resblock_updown`.
-    """
+    resize: a module that halves or doubles the size, on both branches (LDM's `resblock_updown`)."""
 
-    def __init__(self, c_in, c_out, time_dim, groups, dropout, resample=None):
+    def __init__(self, c_in, c_out, time_dim, groups, dropout, resize=None):
         super().__init__()
-        self.resample = resample
+        self.resize = resize or nn.Identity()
         self.norm_in = nn.GroupNorm(groups, c_in)
         self.conv_in = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * c_out)
@@ -98,27 +90,17 @@ class ResBlock(nn.Module):
         self.conv_out = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def _resize(self, x):
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def forward(self, x, time, c_tilde, maps):
         """x (B, C, H, W), time (B, T) -> (B, C', H', W'). c_tilde and maps pass by (see Blocks)."""
-        h = self.conv_in(self._resize(F.silu(self.norm_in(x))))  # (B, C', H', W')
+        h = self.conv_in(self.resize(F.silu(self.norm_in(x))))  # (B, C', H', W')
         scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # (B, C', 1, 1)
         h = self.norm_out(h) * (1 + scale) + shift
         h = self.conv_out(self.dropout(F.silu(h)))
-        return self.shortcut(self._resize(x)) + h
+        return self.shortcut(self.resize(x)) + h
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens x (B, L, C) to a context (B, N, D).
-
-    The context is x itself (self-attention) or the N latent units (cross-attention).
-    """
+    """Multi-head attention of tokens x (B, L, C) to a context (B, N, D): x itself, or the units."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -129,14 +111,10 @@ class Attention(nn.Module):
 
     def forward(self, x, context, maps=None):
         """-> (B, L, C). maps: a list receives the attention (B, L, N), averaged over heads."""
-
-        def split(tokens):  # (B, L, C) -> (B, heads, L, C/heads)
-            return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        q = split(self.to_q(x))  # (B, heads, L, C/heads)
+        q = self.to_q(x)  # (B, L, C)
         k, v = self.to_kv(context).chunk(2, dim=-1)  # (B, N, C) each
-        k = split(k)  # (B, heads, N, C/heads)
-        v = split(v)  # (B, heads, N, C/heads)
+        split = [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)]
+        q, k, v = split  # (B, heads, L, C/heads), and N in place of L for k and v
         if maps is None:
             out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, C/heads)
         else:  # the same spelled out, because the fused kernel never forms the map
@@ -169,15 +147,15 @@ class Transformer(nn.Module):
     def forward(self, x, time, c_tilde, maps):
         """x (B, C, H, W), units c_tilde (B, N, D) -> (B, C, H, W); time passes by (see Blocks)."""
         B, C, H, W = x.shape
-        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H*W, C): every pixel is a token
+        h = self.norm(x).flatten(2).mT  # (B, H*W, C): every pixel is a token
         h = self.proj_in(h)
-        if self.self_attention is not None:
+        if self.self_attention:
             tokens = self.norm_self(h)
             h = h + self.self_attention(tokens, tokens)
         h = h + self.cross_attention(self.norm_cross(h), c_tilde, maps)
         value, gate = self.ff_in(self.norm_ff(h)).chunk(2, dim=-1)  # (B, H*W, 4C) each
         h = self.proj_out(h + self.ff_out(value * F.gelu(gate)))  # (B, H*W, C)
-        return x + h.transpose(1, 2).view(B, C, H, W)
+        return x + h.mT.view(B, C, H, W)
 
 
 class Blocks(nn.ModuleList):
@@ -191,39 +169,34 @@ class Blocks(nn.ModuleList):
 
 # ---- The U-Net -----------------------------------------------------------------------------------
 
-
 class UNet(nn.Module):
     """LDM's denoising U-Net. Table 8 with the default arguments.
 
     Args:
-        channels: Z, of the latent.
+        channels, context_dim: Z, of the latent; D, of a unit.
         base: width of the first level; a multiple of `groups` and of `heads`.
-        multipliers: width of each level as a multiple of `base`; each level but the last halves
-            the size.
+        multipliers: width of each level, in `base`; each level but the last halves the size.
         res_blocks: residual blocks per level on the way down; one more on the way up.
-        attention_at: downsampling factors (1 = full latent size) whose ResBlocks are followed by a
-            Transformer. The middle of the network always has one.
+        attention_at: downsampling factors (1: full size) that have Transformers; the middle always.
         heads: attention heads; must divide every width that has a Transformer.
-        groups: of every GroupNorm.
-        context_dim: D, the length of a latent unit.
-        dropout: ordinary dropout inside the residual blocks.
+        groups, dropout: of every GroupNorm; inside the residual blocks.
         skip_dropout: probability that a channel of a skip is dropped (1 - p in equation 7).
         skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions
-            are not injected through cross attention": with Table 8, those at 2x2 only. "released":
-            what made the paper's tables. Its code asks whether the feature's SIDE in pixels (16, 8,
-            4, 2) is in the list of FACTORS [1, 2, 4], and drops where it is not: at 16x16 and 8x8,
-            where conditions ARE injected. We follow the tables.
+            are not injected through cross attention": with Table 8, 2x2 only. "released": what made
+            the paper's tables. Its code drops where the feature's SIDE in pixels (16, 8, 4, 2) is
+            not in the list of FACTORS [1, 2, 4]: at 16x16 and 8x8, where conditions ARE injected.
         backbone_dropout: Table 12's control: drop channels of the backbone at those places.
-        self_attention: False leaves out the Transformers' self-attention.
-    """
+        self_attention: False leaves out the Transformers' self-attention."""
 
     def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2,
                  attention_at=(1, 2, 4), heads=8, groups=32, context_dim=32, dropout=0.1,
                  skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
                  self_attention=True):
         super().__init__()
-        self.base, self.attention_at = base, attention_at
-        self.skip_dropout, self.skip_dropout_where = skip_dropout, skip_dropout_where
+        self.base = base
+        self.attention_at = attention_at
+        self.skip_dropout = skip_dropout
+        self.skip_dropout_where = skip_dropout_where
         self.backbone_dropout = backbone_dropout
         time_dim = 4 * base
         self.time_mlp = nn.Sequential(
@@ -232,46 +205,44 @@ class UNet(nn.Module):
             nn.Linear(time_dim, time_dim),
         )
 
-        def res(c_in, c_out, resample=None):
-            return ResBlock(c_in, c_out, time_dim, groups, dropout, resample)
+        def res(c_in, c_out, resize=None):
+            return ResBlock(c_in, c_out, time_dim, groups, dropout, resize)
 
-        def transformers(width, factor):  # one or none
-            if factor not in attention_at:
-                return []
-            return [Transformer(width, context_dim, groups, heads, self_attention)]
+        def stage(c_in, c_out, attention):  # (+) in the drawing above; () without attention
+            blocks = Blocks([res(c_in, c_out)])
+            if attention:
+                blocks.append(Transformer(c_out, context_dim, groups, heads, self_attention))
+            return blocks
 
         self.conv_in = nn.Conv2d(channels, base, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width, factor = base, 1
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        width = base
+        factor = 1
         skip_widths = [base]  # the first skip is conv_in's output
         for level, multiplier in enumerate(multipliers):
             for _ in range(res_blocks):
-                block = res(width, base * multiplier)
+                self.down.append(stage(width, base * multiplier, factor in attention_at))
                 width = base * multiplier
-                self.down.append(Blocks([block, *transformers(width, factor)]))
                 skip_widths.append(width)
             if level < len(multipliers) - 1:
-                self.down.append(Blocks([res(width, width, "down")]))
+                self.down.append(Blocks([res(width, width, nn.AvgPool2d(2))]))
                 skip_widths.append(width)
                 factor *= 2
 
-        self.middle = Blocks([
-            res(width, width),
-            Transformer(width, context_dim, groups, heads, self_attention),
-            res(width, width),
-        ])
+        self.middle = stage(width, width, attention=True)
+        self.middle.append(res(width, width))
 
         self.up_factors = []  # the downsampling factor at which each up stage takes its skip
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(res_blocks + 1):
-                block = res(width + skip_widths.pop(), base * multiplier)
+                c_in = width + skip_widths.pop()
                 width = base * multiplier
-                stage = Blocks([block, *transformers(width, factor)])
+                self.up.append(stage(c_in, width, factor in attention_at))
                 self.up_factors.append(factor)
                 if level > 0 and i == res_blocks:
-                    stage.append(res(width, width, "up"))
+                    self.up[-1].append(res(width, width, nn.Upsample(scale_factor=2)))
                     factor //= 2
-                self.up.append(stage)
         self.norm_out = nn.GroupNorm(groups, width)
         self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
 
@@ -285,9 +256,8 @@ class UNet(nn.Module):
         """z_t (B, Z, h, w), times t int64 (B,), units c_tilde (B, N, D) -> eps_hat (B, Z, h, w).
 
         maps: an empty list receives the cross-attention of every Transformer, each (B, H*W, N),
-        averaged over heads, summing to 1 over N. A slow path: leave it None to train and sample.
-        """
-        time = self.time_mlp(time_embedding(t, self.base).to(z_t.dtype))  # (B, 4*base)
+        averaged over heads, summing to 1 over N. A slow path: leave it None to train and sample."""
+        time = self.time_mlp(time_embedding(t, self.base))  # (B, 4*base)
         h = self.conv_in(z_t)  # (B, base, h, w)
         skips = [h]
         for stage in self.down:
@@ -305,26 +275,25 @@ class UNet(nn.Module):
 
 # ---- Training loss, sampling, averaging ----------------------------------------------------------
 
-
-def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"):
+def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform", v_weight=0.0):
     """Equation 2: latents z0 (B, Z, h, w), units c_tilde (B, N, D) -> loss of the U-Net's guess.
 
-    kind: "l1" or "mse". Paper: equation 2 writes a norm without a square or a name; its released
-    configuration says l1.
+    kind: "l1" or "mse". Paper: equation 2 names no norm; the released configuration says l1.
     t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0
-    the noisy latent shows everything, near T almost nothing can be told, so the units learn most
-    in between.
-    """
+    the noisy latent shows everything, near T almost nothing can be told.
+    v_weight: time t counts alpha_bar_t^-v_weight. 0, the paper's, is the error of eps, and 1 (with
+    mse) that of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z0 (Salimans & Ho 2022). In eps the
+    noisiest times hardly count: there an error of z0 is multiplied by alpha_bar / (1 - alpha_bar).
+    But only there is a unit asked WHICH hue it is: elsewhere z_t shows it, once roughly told."""
     B, T = len(z0), len(alpha_bar)
     if t_sampling == "uniform":
         t = torch.randint(T, (B,), device=z0.device)
     else:
         t = (torch.randn(B, device=z0.device).sigmoid() * T).long().clamp(max=T - 1)
     eps = torch.randn_like(z0)
-    eps_hat = unet(add_noise(z0, eps, t, alpha_bar), t, c_tilde)
-    if kind == "l1":
-        return F.l1_loss(eps_hat, eps)
-    return F.mse_loss(eps_hat, eps)
+    error = unet(add_noise(z0, eps, t, alpha_bar), t, c_tilde) - eps  # (B, Z, h, w)
+    error = error.abs() if kind == "l1" else error.square()
+    return (alpha_bar[t] ** -v_weight * error.mean((1, 2, 3))).mean()
 
 
 @torch.no_grad()
@@ -334,13 +303,14 @@ def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
     Each step asks the U-Net for the noise, computes the clean latent that this implies, and goes
     to an earlier time with the same noise: the same noise and units give the same latent.
     steps: 1 to the schedule's length. attention=True also returns maps (B, N, h, w): the mean
-    cross-attention over heads, Transformers and steps, each map resized (DAAM's way, reference 60).
-    """
+    cross-attention over heads, Transformers and steps, each resized (DAAM's way, reference 60)."""
     times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().long().tolist()  # noisiest first
     ones = torch.ones(len(noise), dtype=torch.long, device=noise.device)  # (B,)
     now = alpha_bar[times]  # (steps,)
     then = torch.cat([now[1:], torch.ones_like(now[:1])])  # the last step leaves no noise
-    z_t, total, count = noise, 0.0, 0
+    z_t = noise
+    total = 0.0
+    count = 0
     for t, a, b in zip(times, now, then):
         maps = [] if attention else None
         eps_hat = unet(z_t, t * ones, c_tilde, maps)
@@ -360,34 +330,28 @@ def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
 def ema_update(average, module, half_life, batch, images_seen):
     """Move `average`, a copy of `module`, towards it: an exponential moving average over images.
 
-    half_life: training images after which a weight's influence has halved. Counted so, the batch
-    may change without changing what is averaged. The paper's 0.9999 per step of 512 images is a
-    half-life of 512 ln 2 / 0.0001 = 3.55 million. Early on it is at most 8% of the images seen, or
-    the random start would stay in the average for long (LDM's warm-up comes to about the same).
-    """
+    half_life: training images after which a weight's influence has halved, whatever the batch. The
+    paper's 0.9999 per step of 512 images is a half-life of 512 ln 2 / 0.0001 = 3.55 million. At
+    most 8% of the images seen, or the random start would stay for long (like LDM's warm-up)."""
     weight = 1 - 0.5 ** (batch / min(half_life, 0.08 * images_seen))
-    for old, new in zip(average.parameters(), module.parameters()):
-        old.lerp_(new, weight)
-    for old, new in zip(average.buffers(), module.buffers()):
-        if old.is_floating_point():  # BatchNorm's statistics, averaged like their weights
+    for old, new in zip(average.state_dict().values(), module.state_dict().values()):
+        if old.is_floating_point():  # weights, and BatchNorm's statistics like them
             old.lerp_(new, weight)
 
 
 # ---- Muon, the laptop preset's optimiser for weight matrices -------------------------------------
 
-
-def orthogonalise(x, steps=5):
+def orthogonalise(x):
     """Newton-Schulz: matrices x (B, m, n) -> nearly orthogonal ones, same singular vectors.
 
     An odd polynomial of a matrix acts on its singular values alone: a X + b XX'X + c (XX')^2 X
     turns each value v into a v + b v^3 + c v^5. With these coefficients five rounds lift all but
-    the tiniest v into 0.7 to 1.2, by matrix products only (Jordan et al. 2024).
-    """
+    the tiniest v into 0.7 to 1.2, by matrix products only (Jordan et al. 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT, steps).mT  # XX' is then the smaller product
+        return orthogonalise(x.mT).mT  # XX' is then the smaller product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT  # (B, m, m)
         x = a * x + (b * gram + c * gram @ gram) @ x  # (B, m, n)
     return x
@@ -398,12 +362,9 @@ class Muon(torch.optim.Optimizer):
 
     Every direction in which a layer can learn gets a step of the same size, while AdamW's steps
     follow the few directions of large gradients. Small but telling ones, such as those of an
-    object's shape beside the hues', are learnt early that way. For weights of two and more
-    dimensions; AdamW has the rest (train.py, make_optimizers). Steps are scaled to the usual size
-    of AdamW's (Liu et al. 2025), so that one learning rate serves both.
-
-    Paper: does not name its optimiser; the code that it builds on has AdamW, as the paper preset.
-    """
+    object's shape beside the hues', are learnt early that way. Steps are scaled to the usual size
+    of AdamW's (Liu et al. 2025), which has the weights of one dimension: one learning rate serves
+    both. Paper: names no optimiser; the code that it builds on has AdamW, as the paper preset."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -427,15 +388,16 @@ class Muon(torch.optim.Optimizer):
 def main():
     """Build the paper-size U-Net, run one batch and print what happens at every level."""
     net = UNet()
-    z_t, c_tilde, maps = torch.randn(2, 3, 16, 16), torch.randn(2, 20, 32), []
+    z_t = torch.randn(2, 3, 16, 16)
+    c_tilde = torch.randn(2, 20, 32)
+    maps = []
     eps_hat = net(z_t, torch.tensor([10, 900]), c_tilde, maps)
     print(f"parameters {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M (Table 8: 37.550M)")
     print(f"z_t {tuple(z_t.shape)}, units {tuple(c_tilde.shape)} -> eps^ {tuple(eps_hat.shape)}")
     print("units are looked up by", ", ".join(str(m.shape[1]) for m in maps), "pixels")
     for where in ("released", "text"):
         net.skip_dropout_where = where
-        sides = {16 // factor for factor in net.up_factors}
-        dropped = [side for side in sides if net.drops_skips(16 // side, side)]
+        dropped = {16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}
         print(f"skips are dropped, {where}: where features are {sorted(dropped)} pixels wide")
 
 

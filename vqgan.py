@@ -1,17 +1,14 @@
 """Stage 1: a VQ-GAN that turns a 64x64 image into a 3x16x16 latent and back (Table 7, section C.2).
 
 Where it sits: diffusion in pixels is slow, so the paper diffuses in the latent space of this
-autoencoder (latent diffusion, LDM, reference 51). It is trained first, alone, and then frozen. An
-encoder makes a small map of 3-vectors. A codebook of 2,048 such vectors replaces each by its
-nearest entry, which stops the decoder from relying on fine numerical detail. A decoder draws the
-image from the result. L1 keeps it faithful, a discriminator keeps it sharp (the laptop preset has a
-squared error and no discriminator, for time).
+autoencoder (latent diffusion, LDM, reference 51). It is trained first, alone (`train_stage1` in
+train.py), and then frozen. An encoder makes a small map of 3-vectors. A codebook of 2,048 such
+vectors replaces each by its nearest entry, which stops the decoder from relying on fine numerical
+detail. A decoder draws the image. L1 keeps it faithful, a discriminator keeps it sharp.
 
 The diffusion model works on the encoder's output *before* quantisation: smooth numbers are what
 noise can be added to. Decoding quantises first: the decoder has only ever seen codes, and an error
 that does not change the nearest code disappears.
-
-The training loop is `train_stage1` in train.py; its losses are at the end here.
 
     python vqgan.py --dataset shapes3d     # trains stage 1 alone; the same flags as train.py
 """
@@ -37,7 +34,6 @@ def to_uint8(x):
 
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
-
 
 def norm_silu(channels, group_channels):
     """GroupNorm and SiLU: what precedes each 3x3 convolution of a ResBlock, and the last ones.
@@ -96,23 +92,15 @@ class Downsample(nn.Module):
 
 def upsample(channels):
     """Double height and width: repeat, then convolve (a transposed one leaves a chequerboard)."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2),
-        nn.Conv2d(channels, channels, 3, padding=1),
-    )
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
 
 
-def middle(channels, group_channels):
+def middle(width, g):
     """The part between encoder levels and latent, and again between latent and decoder levels."""
-    return [
-        ResBlock(channels, channels, group_channels),
-        AttentionBlock(channels, group_channels),
-        ResBlock(channels, channels, group_channels),
-    ]
+    return [ResBlock(width, width, g), AttentionBlock(width, g), ResBlock(width, width, g)]
 
 
 # ---- The codebook --------------------------------------------------------------------------------
-
 
 class Codebook(nn.Module):
     """K vectors; `forward` replaces each latent vector by its nearest (van den Oord et al. 2017).
@@ -124,29 +112,20 @@ class Codebook(nn.Module):
     def __init__(self, size, dim):
         super().__init__()
         self.codes = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
-        # How often each code was chosen since the last restart.
-        self.register_buffer("uses", torch.zeros(size))
-
-    def indices(self, flat):
-        """Nearest code of each row: (M, dim) -> int64 (M,)."""
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code.
-        distances = self.codes.square().sum(1) - 2 * flat @ self.codes.T  # (M, K)
-        return distances.argmin(dim=1)
+        self.register_buffer("uses", torch.zeros(size))  # times chosen since the last restart
 
     def forward(self, z):
-        """Unscaled z (B, Z, h, w) -> quantised z (B, Z, h, w), codebook and commitment loss.
-
-        The quantised latents pass gradients straight through to z, as if quantisation were not
-        there: argmin has no gradient of its own.
-        """
+        """Unscaled z (B, Z, h, w) -> quantised z (B, Z, h, w), codebook and commitment loss."""
         B, Z, h, w = z.shape
-        flat = z.permute(0, 2, 3, 1).reshape(-1, Z)  # (B*h*w, Z)
-        found = self.indices(flat.detach())  # (B*h*w,)
+        flat = z.detach().permute(0, 2, 3, 1).reshape(-1, Z)  # (B*h*w, Z)
+        # Nearest code: |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code.
+        found = (self.codes.square().sum(1) - 2 * flat @ self.codes.T).argmin(dim=1)  # (B*h*w,)
         if self.training:
             self.uses += torch.bincount(found, minlength=len(self.codes))
         e = self.codes[found].view(B, h, w, Z).permute(0, 3, 1, 2)  # (B, Z, h, w)
         codebook_loss = F.mse_loss(e, z.detach())  # moves the codes towards the encoder
         commitment_loss = F.mse_loss(z, e.detach())  # keeps the encoder near its codes
+        # argmin has no gradient of its own: gradients pass straight through to z.
         return z + (e - z).detach(), codebook_loss, commitment_loss
 
     @torch.no_grad()
@@ -161,7 +140,6 @@ class Codebook(nn.Module):
 
 # ---- Autoencoder and discriminator ---------------------------------------------------------------
 
-
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder. Table 7 with the default arguments.
 
@@ -172,9 +150,8 @@ class VQGAN(nn.Module):
         res_blocks: residual blocks per encoder level; decoder levels have one more.
         z_channels: Z, numbers per latent position ("embedding dimensionality").
         codebook_size: K ("number of embeddings").
-        patch: fold patch x patch pixels into channels before the first convolution and unfold
-            after the last (paper: 1, no folding). Convolutions at full resolution are most of a
-            small VQ-GAN's cost.
+        patch: fold patch x patch pixels into channels first, unfold them last (paper: 1, no
+            folding). Convolutions at full resolution are most of a small VQ-GAN's cost.
         group_channels: least channels in a group of GroupNorm (see norm_silu; LDM: 1).
     """
 
@@ -186,12 +163,8 @@ class VQGAN(nn.Module):
         self.latent_shape = (z_channels, side, side)  # of a 64x64 image
         widths = [channels * m for m in multipliers]
         g = group_channels
-
         pixels = 3 * patch ** 2  # channels of a folded image
-        encoder = [
-            nn.PixelUnshuffle(patch),
-            nn.Conv2d(pixels, channels, 3, padding=1),
-        ]
+        encoder = [nn.PixelUnshuffle(patch), nn.Conv2d(pixels, channels, 3, padding=1)]
         width = channels
         for level, level_width in enumerate(widths):
             for _ in range(res_blocks):
@@ -227,9 +200,8 @@ class VQGAN(nn.Module):
             nn.PixelShuffle(patch),
         )
 
-        # Diffusion assumes data of about unit variance. Latents are divided by this one number,
-        # their standard deviation over images, positions and channels (LDM's scale_by_std). It is
-        # measured once, by finish(); until then it is 1.
+        # Diffusion assumes data of about unit variance. So latents are divided by their standard
+        # deviation over images, positions and channels (LDM's scale_by_std), see finish().
         self.register_buffer("latent_std", torch.ones(()))
 
     @torch.no_grad()
@@ -266,11 +238,8 @@ class PatchDiscriminator(nn.Module):
             nn.LeakyReLU(0.2),
         ]
         for stride in (2, 2, 1):
-            layers += [
-                nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(2 * width),
-                nn.LeakyReLU(0.2),
-            ]
+            layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1, bias=False),
+                       nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)]
             width = 2 * width
         self.net = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
@@ -282,47 +251,35 @@ class PatchDiscriminator(nn.Module):
 # LDM, and the paper's released configuration, add a perceptual loss (LPIPS), whose VGG weights are
 # a download. The paper's Table 7 has none, and this code downloads nothing: it is left out.
 
-
-def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment):
+def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment=0.25):
     """Losses on images x float (B, 3, H, W) in [-1, 1] -> (the VQ-GAN's loss, a dict for the log).
 
     kind: "l1", LDM's, or "mse", four times the squared error (about as large as L1 early on), which
     cares most for the few pixels that are far off, those at edges. disc: a PatchDiscriminator, or
-    None. The dict has 0-dim tensors: psnr (dB), codes_used (the share since the last restart:
-    collapse would show here), and with a discriminator its own loss disc_loss, which trains it, and
-    adversarial_weight.
+    None. The dict has 0-dim tensors; disc_loss, if any, trains the discriminator.
     """
     z_q, codebook_loss, commitment_loss = vqgan.codebook(vqgan.encoder(x))
     x_hat = vqgan.decoder(z_q)  # (B, 3, H, W)
     mse = F.mse_loss(x_hat, x)
     reconstruction = 4 * mse if kind == "mse" else F.l1_loss(x_hat, x)
     loss = reconstruction + codebook_loss + commitment * commitment_loss
-    row = {
-        "psnr": 10 * torch.log10(4 / mse),  # of a range of 2
-        "codes_used": (vqgan.codebook.uses > 0).float().mean(),
-    }
+    row = {"psnr": 10 * torch.log10(4 / mse),  # of a range of 2
+           "codes_used": (vqgan.codebook.uses > 0).float().mean()}  # collapse would show here
     if disc:
         adversarial = -disc(x_hat).mean()  # the decoder wants its patches called real
-        weight = disc_weight * adversarial_weight(reconstruction, adversarial, vqgan)
+        # Weighed to pull as hard as the reconstruction loss, however their scales drift: by the
+        # ratio of gradient norms at the decoder's last convolution (Esser et al. 2021). In all
+        # layers before it both gradients pass the same weights, and one small layer is cheap.
+        last = vqgan.decoder[-2].weight
+        wanted, = torch.autograd.grad(reconstruction, last, retain_graph=True)
+        found, = torch.autograd.grad(adversarial, last, retain_graph=True)
+        weight = disc_weight * (wanted.norm() / (found.norm() + 1e-4)).clamp(max=1e4)
         loss = loss + weight * adversarial
         row["adversarial_weight"] = weight
         # Hinge loss: push real patches above +1, drawn ones below -1, and no further.
         real, drawn = disc(x), disc(x_hat.detach())
         row["disc_loss"] = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + drawn).mean())
     return loss, row
-
-
-def adversarial_weight(reconstruction, adversarial, vqgan):
-    """How strong the adversarial loss must be to pull as hard as the reconstruction loss, 0-dim.
-
-    The ratio of their gradient norms at the decoder's last convolution (Esser et al. 2021): in all
-    layers before it both gradients pass the same weights, so this is where to compare how hard each
-    pulls, and one small layer is cheap. The ratio keeps them balanced while their scales drift.
-    """
-    last = vqgan.decoder[-2].weight
-    wanted, = torch.autograd.grad(reconstruction, last, retain_graph=True)
-    found, = torch.autograd.grad(adversarial, last, retain_graph=True)
-    return (wanted.norm() / (found.norm() + 1e-4)).clamp(max=1e4)
 
 
 def psnr(images, drawn):

@@ -15,7 +15,7 @@ import train
 TRAIN = ("--dataset shapes3d --source rendered --vary shape,scale,orientation --preset tiny "
          "--stage1.images 32 --images 64 --pool_images 32 --fit_images 40 --ddim_steps 2 "
          "--dyga.k_max 4 --dyga.k_init 2 --unet.multipliers 1 --extractor.n_units 3 "
-         "--optimizer muon --select_at 0.5").split()
+         "--optimizer muon --select_at 0.5 --unmix_at 0.5").split()
 
 
 class Pretended(torch.Tensor):

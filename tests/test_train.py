@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ import data
 import train
 
 TINY = "--dataset shapes3d --preset tiny --device cpu ".split()
-# A course of a few steps: two fits of the anchors, a selection of units.
+# A course of a few steps: two fits of the anchors, a selection of units, which are then unmixed.
 SHORT = TINY + ("--stage1.images 96 --images 320 --pool_images 128 --fit_images 150 --ddim_steps 2 "
-                "--dyga.k_max 8 --dyga.max_iter 5 --select_at 0.5").split()
+                "--dyga.k_max 8 --dyga.max_iter 5 --select_at 0.5 --unmix_at 0.5").split()
 
 
 def rows(out, having="images"):
@@ -121,7 +122,7 @@ def test_stage_2_draws_from_one_pool_hands_on_its_latents_and_fits_after_each_pa
     flags = [*SHORT, "--out", tmp_path, "--pool_images", pool, "--images", images]
     assert main(train, *flags, "--stage1.images", 16) == 0
     assert 0.75 * pool < len({x.numpy().tobytes() for call in calls for x in call[1]}) <= pool
-    for model, x0, z0 in calls:  # z0 was kept as float16
+    for model, x0, z0, _ in calls:  # z0 was kept as float16
         torch.testing.assert_close(z0, model.vqgan.encode(x0), atol=1e-3, rtol=1e-3)
     assert [row["images"] for row in rows(tmp_path, "of")] == [*fits, images]
     assert kept(tmp_path, "seen")[2] == images
@@ -190,3 +191,26 @@ def test_components_never_import_each_other():
         source = Path(train.__file__).with_name(f"{name}.py").read_text()
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
         assert "torch" in imported and not imported & (parts | {"train", "evaluate"}), name
+
+
+def test_two_numbers_at_an_angle_on_two_units_are_turned_apart_and_keep_mean_and_deviation():
+    torch.manual_seed(0)
+    images = torch.randint(256, (3000, 3)).byte()  # three independent numbers
+    layer = torch.nn.Linear(3, 4)
+    mixed = [[1.0, 1, 0], [0, 0, 0], [1.5, -1, 0], [0, 0.1, 2]]  # unit 3 tells number 2, nearly
+    layer.weight.data = torch.tensor(mixed)
+    extractor = SimpleNamespace(kept=torch.tensor([True, False, True, True]), scalars=layer,
+                                to_scalars=[layer])
+    run = SimpleNamespace(
+        cfg={"seed": 0}, fit_idx=torch.arange(3000), log=lambda **row: None,
+        ds=SimpleNamespace(images=images.__getitem__), model=SimpleNamespace(
+            extractor=SimpleNamespace(to_scalars=[torch.nn.Linear(3, 4)])),
+        average=SimpleNamespace(extractor=extractor))
+    before = train.scalars_of(run).detach()
+    train.unmix_units(run, 0)
+    after = train.scalars_of(run).detach()
+    tells = torch.cat([after.T, images.T.float()]).corrcoef()[:4, 4:].abs()  # (units, numbers)
+    assert tells[0, 0] > 0.99 and tells[2, 1] > 0.99 or tells[0, 1] > 0.99 and tells[2, 0] > 0.99
+    assert torch.allclose(after.mean(0), before.mean(0), atol=1e-3)
+    assert torch.allclose(after.std(0), before.std(0), rtol=1e-3)
+    assert torch.allclose(after[:, 1:4:2], before[:, 1:4:2], atol=1e-3)  # silent; nearly unmixed

@@ -51,6 +51,21 @@ def test_losses_of_a_unet_that_answers_zero(times, kind, expected):
     assert loss.item() == pytest.approx(expected, abs=0.02)
 
 
+def test_with_v_weight_1_the_loss_is_the_error_of_v():
+    z0, seen = torch.randn(64, 3, 8, 8), {}
+
+    def net(z_t, t, c_tilde):
+        seen.update(z_t=z_t, a=ALPHA_BAR[t].view(-1, 1, 1, 1))
+        return z_t.tanh()  # some guess
+
+    loss = U.diffusion_loss(net, z0, None, ALPHA_BAR, "mse", v_weight=1.0)
+    z_t, a = seen["z_t"], seen["a"]
+    eps, eps_hat = (z_t - a.sqrt() * z0) / (1 - a).sqrt(), z_t.tanh()
+    z0_hat = (z_t - (1 - a).sqrt() * eps_hat) / a.sqrt()
+    error = a.sqrt() * (eps_hat - eps) - (1 - a).sqrt() * (z0_hat - z0)  # of v
+    assert loss.item() == pytest.approx(error.square().mean().item(), rel=1e-3)
+
+
 def test_skip_dropout_drops_whole_channels_and_keeps_the_mean():
     torch.manual_seed(0)
     y = U.drop_channels(torch.ones(100, 200, 4, 4), 0.2, training=True)
