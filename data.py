@@ -1,10 +1,8 @@
 """Images with known factors: four datasets, a rendered twin of Shapes3D, and your own pictures.
 
-The twin has the room, objects, colours and factors of Shapes3D, in the same order, and needs no
-download. It has no textures: its scores are not Shapes3D's.
+The twin needs no download and lacks only Shapes3D's textures: its scores are not Shapes3D's.
 `load("shapes3d")` returns a Dataset: ask it for images by index, and for an index's factors.
-`python data.py --dataset shapes3d` prints what was found, and draws out/data-shapes3d.png: a grid
-with a row per factor in which only that one changes.
+`python data.py --dataset shapes3d` prints what was found, and draws each factor's values to out/.
 """
 
 import argparse
@@ -40,24 +38,20 @@ DATASETS = {
                  "orientation": 15},
         advice="get it from https://github.com/google-deepmind/3d-shapes"),
     "cars3d": dict(
-        images=17_568,
-        files=["nips2015-analogy-data.tar.gz"],
+        images=17_568, files=["nips2015-analogy-data.tar.gz"],
         factors={"elevation": 4, "azimuth": 24, "object type": 183},
         advice="get it from http://www.scottreed.info/files/nips2015-analogy-data.tar.gz"),
     "mpi3d_toy": dict(
-        images=1_036_800,
-        files=["mpi3d_toy.npz"],
+        images=1_036_800, files=["mpi3d_toy.npz"],
         factors={"object colour": 6, "object shape": 6, "object size": 2, "camera height": 3,
                  "background colour": 3, "first DOF": 40, "second DOF": 40},
         advice="get it from https://github.com/rr-learning/disentanglement_dataset"),
     "celeba": dict(
-        images=202_599,
+        images=202_599, factors={},  # 40 attributes, named in list_attr_celeba
         files=["img_align_celeba.zip", "img_align_celeba/img_align_celeba", "img_align_celeba"],
-        factors={},  # 40 attributes, named in list_attr_celeba
         advice="get it from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"),
     "folder": dict(  # your own pictures: see own_pictures()
-        files=["."],
-        factors={},  # named in labels.csv, if there is one
+        files=["."], factors={},  # named in labels.csv, if there is one
         advice="put PNG or JPEG files there; labels.csv has a header, file,NAME,NAME,..., and "
                "below it a row for each picture: its name, then whole numbers"),
 }
@@ -65,10 +59,8 @@ DATASETS = {
 
 def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     """Open a Dataset. UserError: files missing, damaged or impossible to convert; no such factors.
-
-    source, of shapes3d: "official" reads its file in data_dir, "rendered" draws the twin, "auto"
-    draws the twin only where the file is missing.
-    vary: "NAME,NAME", some of a grid's factors. The others are held at the middle of their values.
+    source, of shapes3d: "official" (its file), "rendered" (the twin), "auto" (the twin if no file).
+    vary: "NAME,NAME", some of a grid's factors; the others are held at the middle of their values.
     """
     if source == "rendered" and dataset != "shapes3d":
         raise UserError(f"no rendered images of {dataset}, only of shapes3d: choose auto")
@@ -108,20 +100,16 @@ def hold_others(vary, images, facts, device):
     if "labels" in facts or set(vary) - set(sizes):
         raise UserError(f"cannot vary {vary}: expected factors of a grid, found {list(sizes)}")
     held = [range(size) if name in vary else [size // 2] for name, size in sizes.items()]
-    kept = torch.arange(facts["images"]).view(*sizes.values())[np.ix_(*held)]
-    kept = kept.flatten().to(device)
+    kept = torch.arange(facts["images"]).view(*sizes.values())[np.ix_(*held)].flatten().to(device)
     factors = {name: sizes[name] for name in sizes if name in vary}
     return lambda idx: images(kept[idx.to(device)]), dict(images=len(kept), factors=factors)
 
 
 class Dataset:
-    """Images by index, and the factors that an index stands for; every answer lies on `device`.
-
+    """Images by index, and the F factors that an index stands for; every answer lies on `device`.
     source: "rendered", "official" or, in evaluate.py, "codes"; source_note: where images come from.
-    factor_names: F texts; factor_sizes: F whole numbers; len() counts the images.
     is_grid: one image of each combination of factors, in row-major order, so the factors are the
-    digits of the index and the last one changes fastest. CelebA is no grid: a table.
-    """
+    digits of the index and the last one changes fastest. CelebA is no grid: a table."""
     def __init__(self, name, source, source_note, images, facts, device):
         self.name, self.device = name, device
         self.source, self.source_note = source, source_note
@@ -147,13 +135,12 @@ class Dataset:
         """idx int64 (B,) -> int64 (B, F), the value of every factor. IndexError: no such image."""
         self._check(idx)
         if self.is_grid:
-            digits = torch.unravel_index(idx.to(self.device), self.factor_sizes)
-            return torch.stack(digits, 1)  # (B, F)
+            return torch.stack(torch.unravel_index(idx.to(self.device), self.factor_sizes), 1)
         return self._facts["labels"][idx.cpu()].to(self.device)
 
     def index(self, factors):
         """Of a grid: factors int64 (B, F) -> idx int64 (B,). ValueError: no such value."""
-        idx = np.ravel_multi_index(tuple(factors.cpu().numpy().T), self.factor_sizes)  # (B,)
+        idx = np.ravel_multi_index(factors.cpu().numpy().T, self.factor_sizes)  # (B,)
         return torch.from_numpy(idx).to(self.device)
 
 
@@ -208,8 +195,7 @@ def weight_maps():
     # On the CPU, where a sample on an edge always falls on the same side.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more only wait for each other on arrays this small
-    # The Lanczos filter (3 lobes) shrinks one side of a picture. d: from each output pixel, whose
-    # middle is sample 3 i + 1, to each sample, in output pixels.
+    # The Lanczos-3 filter. d: from output pixel i (middle: sample 3 i + 1) to samples, in pixels.
     d = (torch.arange(-1, SIDE - 1) - 3 * torch.arange(SIZE)[:, None]) / 3  # (64, 192)
     lanczos = torch.sinc(d) * torch.sinc(d / 3) * (d.abs() < 3)
     lanczos /= lanczos.sum(1, keepdim=True)
@@ -242,9 +228,8 @@ def shade(ambient, points, normals, forward):
     return ambient + 0.58 * headlight.clamp(min=0) + 0.95 * spot
 
 
-# A ray start + depth * ray is in a convex solid for ONE interval of depths, (near, far). It is in
-# two of them at once where both intervals overlap; it enters one or the other at the smaller near.
-# So all four shapes are made of boxes and balls.
+# A ray start + depth * ray is in a convex solid for ONE interval of depths, (near, far): in two at
+# once where theirs overlap, in either from the smaller near on. So all shapes are boxes and balls.
 def box(start, ray, half):
     """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
     a, b = (-half - start) / ray, (half - start) / ray
@@ -373,8 +358,7 @@ def image_grid(images, row_labels=(), col_labels=(), title="", scale=1):
                             for texts in (row_labels, col_labels, [title])]
     top = 36 if title or col_labels else 0  # two lines of text
     across, down = max(W, label) + 2, H + 2
-    size = max(left + C * across, heading), top + R * down
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (max(left + C * across, heading), top + R * down), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 0), title, "black", font)
     for c, text in enumerate(col_labels):
@@ -392,8 +376,8 @@ def main():
     p.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
     p.add_argument("--data_dir", default="data", help="folder with the files or pictures")
     ds = load(**vars(p.parse_args()))
-    idx = torch.arange(60) * len(ds) // 60
     names = []
+    idx = torch.arange(60) * len(ds) // 60
     if ds.is_grid:  # a row per factor, which alone changes; the others are those of just any image
         names = ds.factor_names
         factors = ds.factors(torch.tensor([len(ds) // 3])).repeat(len(names), 15, 1)  # (F, 15, F)
@@ -502,12 +486,8 @@ def read_pictures(path, facts):
             if photo.mode[0] in "IF":  # Pillow would make all of it white
                 raise ValueError(f"more than 8 bits a channel (mode {photo.mode}), expected 8")
             photo = ImageOps.exif_transpose(photo).convert("RGB")  # as a camera was held
-            yield shrink(photo)  # Paper: CelebA is "resized", with no word on a crop
-
-
-def shrink(photo):
-    """A PIL.Image, cropped to its central square -> uint8 (64, 64, 3)."""
-    return np.asarray(ImageOps.fit(photo, (SIZE, SIZE), Image.LANCZOS))
+            # The central square. Paper: CelebA is "resized", with no word on a crop.
+            yield np.asarray(ImageOps.fit(photo, (SIZE, SIZE), Image.LANCZOS))
 
 
 def read_shapes3d(path, facts):
@@ -528,7 +508,9 @@ def read_cars3d(path, facts):
             if Path(entry.name).match("cars/car_*.mat"):
                 im = scipy.io.loadmat(archive.extractfile(entry))["im"]
                 views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)
-                cars[entry.name] = [shrink(Image.fromarray(view)) for view in views]
+                small = [Image.fromarray(view).resize((SIZE, SIZE), Image.LANCZOS)
+                         for view in views]
+                cars[entry.name] = list(map(np.asarray, small))
         while archive.fileobj.read(1 << 20):
             pass  # to the very end: there gzip compares its checksum
     # Row-major in (elevation, azimuth, object type): the car changes fastest.
@@ -544,7 +526,6 @@ def read_mpi3d_toy(path, facts):
         expect("images", found, ((facts["images"], *SHAPE), False, "uint8"))
         for _ in range(facts["images"]):
             yield np.frombuffer(file.read(math.prod(SHAPE)), "uint8").reshape(SHAPE)
-        expect("bytes after the last image", len(file.read(1)), 0)  # makes zip check its checksum
 
 
 READERS = {"shapes3d": read_shapes3d, "cars3d": read_cars3d, "mpi3d_toy": read_mpi3d_toy,

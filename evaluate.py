@@ -5,8 +5,7 @@
     python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
     python evaluate.py --codes codes.npz --dataset shapes3d   # codes of any model: scores alone
 
-It prints scores with the paper's beside them, and writes metrics.json, PNGs and index.html (open it
-in a browser, offline too) to --out, by default to eval beside the input.
+It prints scores beside the paper's, and writes metrics.json, PNGs and one page, index.html (--out).
 
 The metrics ask one question in many ways: does each latent unit follow one factor, and each factor
 one unit? They are plain functions that know nothing of this project, to be called with any codes:
@@ -27,12 +26,14 @@ import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from scipy.stats import entropy, iqr
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.feature_selection import mutual_info_classif
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
+from sklearn.preprocessing import scale
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -61,9 +62,8 @@ def fit_pca(c):
     Metrics see a unit as one number (section 4.1). It IS one under an MLP: little is lost."""
     if c.shape[2] == 1:
         return torch.zeros_like(c[0]), torch.ones_like(c[0])  # a number stays as it is
-    x = c.double()  # (n, N, D)
-    mean = x.mean(0)  # (N, D)
-    x = x - mean
+    mean = c.double().mean(0)  # (N, D)
+    x = c - mean  # (n, N, D) float64
     cov = torch.einsum("nud,nue->ude", x, x) / len(c)  # (N, D, D)
     direction = torch.linalg.eigh(cov).eigenvectors[..., -1]  # (N, D), of the largest eigenvalue
     largest = direction.abs().argmax(1, keepdim=True)  # (N, 1)
@@ -104,9 +104,7 @@ def read_codes(path, count):
     if not fits or not codes.size or not np.isfinite(codes).all():
         raise UserError(f"{path}: {name} is {codes.dtype} {codes.shape}; expected numbers without "
                         f"NaN and Inf, ({count:,} images, U) or ({count:,} images, N, D)")
-    if codes.dtype.kind != "f":
-        codes = codes.astype(np.float32)
-    return codes.reshape(len(codes), codes.shape[1], -1)  # (images, N, D)
+    return 1.0 * codes.reshape(len(codes), codes.shape[1], -1)  # (images, N, D), no whole numbers
 
 
 class Probe:
@@ -157,14 +155,14 @@ class Probe:
 # counts their grid in row-major order (the first factor changes slowest), and samples draw every
 # factor independently and with replacement, train before test. For images that form no grid give
 # labels 0, 1, ..., int64 (images, K), as factor_sizes. K factors, U units, natural logarithms.
-# Scores disagree, because they ask different things. FactorVAE asks only which unit is most silent:
-# one that leaks a bit of a second factor still wins its votes, while DCI charges for each leak.
-# Both let several units share a factor; MIG does not.
+# Where they disagree: a unit that leaks a bit of a second factor still wins its votes in FactorVAE,
+# while DCI charges for each leak; both let several units share a factor, MIG does not.
 
 class Sampler:
     """Draws codes and factors for one metric, from one generator; no factors of one value."""
     def __init__(self, encode, factor_sizes, seed, least_factors=1, least_units=1):
-        self.encode, self.least_units = encode, least_units
+        self.encode = encode
+        self.least_units = least_units
         self.rng = np.random.default_rng(seed)
         self.labels = None
         sizes = np.array(factor_sizes)  # (K,) or (images, K)
@@ -174,16 +172,11 @@ class Sampler:
             sizes = self.labels.max(0) + 1
         self.sizes = sizes[sizes != 1]  # (K,)
         if len(self.sizes) < least_factors:
-            raise ValueError(f"found {len(self.sizes)} factors of two or more values, expected at "
-                             f"least {least_factors}")
+            raise ValueError(f"{len(self.sizes)} factors vary, expected at least {least_factors}")
 
     def codes(self, idx):
         """Codes float64 (n, U) of idx int64 (n,)."""
-        codes = np.asarray(self.encode(idx), dtype=np.float64)
-        if codes.ndim != 2 or len(codes) != len(idx) or codes.shape[1] < self.least_units:
-            raise ValueError(f"encode gave shape {codes.shape} for {len(idx)} indices; "
-                             f"expected ({len(idx)}, U), U at least {self.least_units}")
-        return finite(codes)
+        return checked(self.encode(idx), len(idx), self.least_units)
 
     def draw(self, n):
         """n codes (n, U) and their factors int64 (n, K). No image without a grid comes twice."""
@@ -202,8 +195,11 @@ class Sampler:
         return x[:n], y[:n], x[n:], y[n:]
 
 
-def finite(codes):
-    """codes (n, U), unchanged. ValueError naming the units that hold NaN or Inf."""
+def checked(codes, n, least_units):
+    """codes as float64 (n, U). ValueError: another shape, too few units, NaN or Inf in a unit."""
+    codes = np.asarray(codes, float)
+    if codes.ndim != 2 or len(codes) != n or codes.shape[1] < least_units:
+        raise ValueError(f"codes {codes.shape}: expected ({n}, U), U at least {least_units}")
     bad = np.flatnonzero(~np.isfinite(codes).all(0))
     if len(bad):
         raise ValueError(f"NaN or Inf in the codes of units {bad.tolist()}")
@@ -214,11 +210,6 @@ def gap(scores):
     """Best minus second best unit. scores: (U, K) -> (K,)."""
     ranked = np.sort(scores, axis=0)  # (U, K), the best last
     return ranked[-1] - ranked[-2]
-
-
-def entropy(p, axis=None):
-    """Entropy of distributions along an axis, or of the whole array, in nats; 0 log 0 is 0."""
-    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis)
 
 
 def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, n_test=5_000,
@@ -254,21 +245,18 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
         return table
 
     name = votes(n_train).argmax(1)  # (A,), the lowest where votes tie, 0 where there are none
-    right = votes(n_test)[np.arange(len(name)), name]  # (A,)
-    return float(right.sum() / n_test)
+    return float(votes(n_test)[np.arange(len(name)), name].sum() / n_test)
 
 
 def fit_trees(x, y, x_test, y_test, seed, jobs, words):
     """Boosted trees from codes to each factor -> importances (U, K), test accuracies (K,)."""
-    def fit(k):
-        labels = y[:, k]
+    def fit(labels, truth):
         if (labels == labels[0]).all():  # of few images a rare value may be missing
-            return np.zeros(x.shape[1]), (y_test[:, k] == labels[0]).mean()
+            return np.zeros(x.shape[1]), (truth == labels[0]).mean()
         model = GradientBoostingClassifier(random_state=seed).fit(x, labels)
-        return model.feature_importances_, model.score(x_test, y_test[:, k])
-    K = y.shape[1]
-    fits = joblib.Parallel(jobs, return_as="generator")(joblib.delayed(fit)(k) for k in range(K))
-    importances, accuracies = zip(*progress(fits, words, K))
+        return model.feature_importances_, model.score(x_test, truth)
+    fits = joblib.Parallel(jobs, return_as="generator")(map(joblib.delayed(fit), y.T, y_test.T))
+    importances, accuracies = zip(*progress(fits, words, y.shape[1]))
     return np.stack(importances, axis=1), np.array(accuracies)
 
 
@@ -282,12 +270,10 @@ def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=-1):
     R, accuracies = fit_trees(*samples, seed, jobs, "DCI, trees of one factor each")  # R: (U, K)
     if R.sum() == 0:  # no tree found anything to split, so all units are equally important
         R = np.ones_like(R)
-    # 1 - entropy, in units of its largest value, log K or log U.
     U, K = R.shape
-    p = R + 1e-11  # (U, K)
-    per_unit = 1 - entropy(p / p.sum(1, keepdims=True), 1) / np.log(K)  # (U,)
-    per_factor = 1 - entropy(p / p.sum(0), 0) / np.log(U)  # (K,)
-    return {"disentanglement": float((per_unit * R.sum(1)).sum() / R.sum()),
+    per_unit = 1 - entropy(R + 1e-11, base=K, axis=1)  # (U,); entropy() first divides by the sum
+    per_factor = 1 - entropy(R + 1e-11, base=U)  # (K,)
+    return {"disentanglement": float(np.average(per_unit, weights=R.sum(1))),
             "completeness": float(per_factor.mean()),
             "informativeness": float(accuracies.mean())}
 
@@ -296,18 +282,12 @@ def mutual_information(codes, factors, bins=20):
     """Mutual information of units, cut into bins, with factors, and factors' entropies; in nats.
     codes (n, U), factors int64 (n, K) -> (U, K), (K,). Plug-in estimates: a unit and a factor that
     have nothing to do with each other still get about (bins-1)(values-1)/2n."""
-    U, K = codes.shape[1], factors.shape[1]
-    mi, h = np.zeros((U, K)), np.zeros(K)
-    for u in range(U):
-        # Bins of equal widths from the least to the largest value. Only their left edges count, or
-        # the largest value would get a bin of its own.
-        edges = np.histogram(codes[:, u], bins)[1]
-        labels = np.digitize(codes[:, u], edges[:-1])  # (n,), 1 to bins
-        for k in range(K):
-            joint = contingency_matrix(labels, factors[:, k]) / len(codes)  # (bins in use, values)
-            h[k] = entropy(joint.sum(0))  # the same for every unit
-            mi[u, k] = entropy(joint.sum(1)) + h[k] - entropy(joint)  # H(u) + H(k) - H(u, k)
-    return np.where(mi > 1e-12, mi, 0), h  # no information may come out as +-1e-16
+    mi = np.zeros((codes.shape[1], factors.shape[1]))  # (U, K)
+    for u, unit in enumerate(codes.T):
+        edges = np.histogram(unit, bins)[1]  # of equal widths, from the least to the largest value
+        labels = np.digitize(unit, edges[:-1])  # (n,), 1 to bins: the largest value is in the last
+        mi[u] = [mutual_info_score(labels, values) for values in factors.T]
+    return mi, np.array([mutual_info_score(values, values) for values in factors.T])
 
 
 def mig(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
@@ -361,26 +341,23 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     infom, modularity: does a unit know one factor only; infoc, compactness: does one unit only know
     a factor; infoe, explicitness: how much of its error units save a linear classifier."""
     x, y = Sampler(encode, factor_sizes, seed, least_factors=2).draw(n_train)  # (n, U), (n, K)
-    # Active: an interquartile range above a tenth of the largest. It measures scale, not
-    # information: noise may pass, and a unit that says the same of half of all images does not.
-    spread = np.ptp(np.percentile(x, [25, 75], axis=0), axis=0)  # (U,)
+    # A measure of scale, not of information: noise may pass, a unit mostly of one value does not.
+    spread = iqr(x, axis=0)  # (U,), interquartile ranges
     active = spread > spread.max() / 10  # (U,)
-    sd = x.std(0)  # (U,)
-    x = (x - x.mean(0)) / np.where(sd > 0, sd, 1)  # a constant unit: zeros
+    x = scale(x)  # to mean 0 and standard deviation 1; a constant unit: zeros
     K, A = y.shape[1], int(active.sum())
     nmi, saved = np.zeros((K, A)), np.zeros(K)
     for k in progress(range(K), "InfoMEC, a factor each"):
         if A:  # by nearest neighbours; scikit-learn adds noise of 1e-10, so no two codes are equal
             mi = mutual_info_classif(x[:, active], y[:, k], n_neighbors=10, random_state=seed)
-            nmi[k] = mi / entropy(np.bincount(y[:, k]) / len(y))
+            nmi[k] = mi / entropy(np.bincount(y[:, k]))
         saved[k] = 1 - linear_error(x, y[:, k]) / linear_error(0 * x, y[:, k])
     # The share of its best factor in all that a unit knows, from 1/K (it scores 0) to 1.
     informative = nmi[:, nmi.sum(0) > 0]  # (K, units that know something)
     share = informative.max(0) / informative.sum(0)  # (units that know something,)
     infom = ((share - 1 / K) / (1 - 1 / K)).sum() / max(A, 1)
-    if A == 0 or len(share) < A:
-        warnings.warn(f"InfoM: {A} active units, {A - len(share)} of them without information, "
-                      "which count as 0")
+    if len(share) < max(A, 1):
+        warnings.warn(f"InfoM: {A} active units; {A - len(share)} know nothing and count as 0")
     # The same from the factor's side: its best unit's share, 0 if no unit knows it.
     share = nmi.max(1, initial=0) / (nmi.sum(1) + 1e-6)  # (K,)
     infoc = (share.mean() - 1 / A) / (1 - 1 / A) if A > 1 else math.nan
@@ -392,11 +369,11 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
 def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=-1, n_train=10_000):
     """Are few labels enough (Table 5)? Trees from n_train labels, from 1,000 and from 100.
     Returns dict: acc, test accuracy at n_train; acc_1000_ratio, acc_100_ratio: what is left."""
-    sampler, means = Sampler(encode, factor_sizes, seed), []
+    sampler = Sampler(encode, factor_sizes, seed)
+    means = []
     for n in (n_train, 1_000, 100):
         samples = sampler.split(min(n, n_train), n_test)
-        accuracies = fit_trees(*samples, seed, jobs, f"trees from {n:,} labels")[1]
-        means.append(accuracies.mean())
+        means.append(fit_trees(*samples, seed, jobs, f"trees from {n:,} labels")[1].mean())
     acc, acc_1000, acc_100 = map(float, means)
     return {"acc": acc, "acc_1000_ratio": acc_1000 / acc, "acc_100_ratio": acc_100 / acc}
 
@@ -416,15 +393,13 @@ def stepped_auroc(codes, attribute, step):
 
 def tad(codes, attributes, step=0.1):
     """Total AUROC difference (reference 70, Table 2), for images that have attributes and no grid.
-    codes: (n, U); attributes: (n, A) of 0 and 1. An attribute is captured if a unit predicts it
-    (AUROC at least 0.75) and no other attribute gives it away (mutual information at most 0.2 of
-    its own entropy). Returns dict: tad, the sum over captured attributes of best minus second best
-    unit's AUROC; captured, how many. ValueError: NaN, one unit, other labels than 0 and 1."""
-    codes = finite(np.asarray(codes, dtype=np.float64))
+    codes (n, U), attributes (n, A) of 0, 1. An attribute is captured if a unit predicts it (AUROC
+    at least 0.75) and no other attribute gives it away (mutual information at most 0.2 of its own
+    entropy). Returns dict: tad, sum of their best minus second best AUROC; captured, how many."""
+    codes = checked(codes, len(attributes), 2)
     attributes = np.asarray(attributes)
-    if codes.shape[1] < 2 or not np.isin(attributes, (0, 1)).all():
-        raise ValueError(f"codes {codes.shape}, attributes {attributes.shape}: expected (n, U), U "
-                         "at least 2, and (n, A) of 0, 1")
+    if not np.isin(attributes, (0, 1)).all():
+        raise ValueError("attributes: expected (n, A) of 0, 1")
     shared, own = mutual_information(attributes, attributes)  # (A, A), (A,)
     np.fill_diagonal(shared, 0)  # an attribute may give itself away
     clean = (shared.max(1) <= 0.2 * own) & (own > 0)  # (A,); own is 0 if all have it, or none
@@ -438,12 +413,10 @@ def tad(codes, attributes, step=0.1):
 
 def separation(dyga, probe):
     """How well anchors separate the values of each unit's favourite factor (Figure 1).
-    Returns {"before": dict, "after": dict} alignment, or {} without anchors or labels: means over
-    active units. A sample's own anchor is that of highest responsibility.
-    purity: share of samples that have the most frequent value of their own anchor's samples;
-    chance: the same if there were one single anchor;
-    margin: 1 - (distance to the own anchor) / (distance to the nearest other), at least 0, and 1 if
-    there is no other; should rise."""
+    {"before": dict, "after": dict} alignment, or {} without anchors or labels; means over active
+    units. purity: share of samples that have the most frequent value of their own (likeliest)
+    anchor's samples; chance: the same if there were one single anchor; margin: 1 - (distance to own
+    anchor) / (distance to nearest other), 0 if negative, 1 if there is no other; should rise."""
     units = np.flatnonzero(probe.active & dyga.mask.any(1).cpu().numpy())
     if not probe.names or not len(units):
         return {}
@@ -453,16 +426,14 @@ def separation(dyga, probe):
         number = torch.cat([dyga.nearest(part)[1] for part in c.split(BATCH)])  # (n, N)
         rows = []
         for u in units:
-            own = number[:, u]  # (n,)
+            own = number[:, [u]]  # (n, 1)
             distance = torch.cdist(c[:, u], dyga.anchors[u])  # (n, K)
-            is_own = F.one_hot(own, distance.shape[1]).bool()  # (n, K)
-            to_own = distance[is_own]  # (n,)
-            to_other = distance.masked_fill(is_own | ~dyga.mask[u], math.inf).amin(1)  # (n,)
-            to_other = to_other.clamp(min=1e-12)  # two anchors may be in one place
-            # 0 for a sample nearer to another anchor than to its own, whose Gaussian is wider.
+            to_own = distance.gather(1, own)  # (n, 1)
+            others = distance.scatter(1, own, math.inf).masked_fill(~dyga.mask[u], math.inf)
+            to_other = others.amin(1, True).clamp(min=1e-12)  # two anchors may be in one place
             margin = (1 - to_own / to_other).clamp(min=0).mean().item()
             values = probe.factors[:, probe.favourite[u]]  # (n,)
-            counts = contingency_matrix(own.cpu(), values)  # (anchors, values)
+            counts = contingency_matrix(own[:, 0].cpu(), values)  # (anchors, values)
             rows.append([counts.max(1).sum() / len(c), counts.sum(0).max() / len(c), margin])
         found[name] = dict(zip(("purity", "chance", "margin"), np.mean(rows, axis=0).tolist()))
     return found
@@ -503,8 +474,7 @@ class Painter:
     def interchange(self, source, target):
         """Figures 3 and 8: give the source the target's units of one factor.
         Paper: exchanges one unit. Where several stand for a factor, one changes it by half."""
-        c_tilde = self.c_tilde(source)  # (B, N, D)
-        rows = exchange(c_tilde, self.c_tilde(target), [[], *self.groups])  # (1 + R, B, N, D)
+        rows = exchange(self.c_tilde(source), self.c_tilde(target), [[], *self.groups])
         made = self.generate(rows, "interchange")  # (1 + R, B, 3, H, W)
         inputs = torch.stack([self.ds.images(source), self.ds.images(target)])  # (2, B, 3, H, W)
         labels = ["source", "target", "source, generated", *self.probe.labels()]
@@ -539,10 +509,9 @@ class Painter:
             "Cross-attention per unit (light: most), averaged over heads, layers and steps", 2)
 
     def slider(self, idx, most, stops):
-        """What the page's slider shows, of each factor's units and of each of `most` units: a dict
-        of image numbers and of strips, {text: how many stops, a picture for each image}. Up to
-        `stops` donors, from images sorted by the factor (one of each value) or by the unit. Their
-        units are taken as they are: what lies between two need not be a unit of any image."""
+        """What the page's slider shows, of each factor's units and of each of `most` units: image
+        numbers, and strips {text: how many stops, a picture for each image}. Up to `stops` donors,
+        of images sorted by factor or unit; between two of them need not lie a unit of any image."""
         probe = self.probe
         choices = {}  # by text: the units, and a number for each image to sort the sample by, (n,)
         if probe.names:
@@ -553,11 +522,10 @@ class Painter:
             choices[f"unit {u}{factor}"] = [u], probe.codes[:, u]
         strips, c_tilde = {}, self.c_tilde(idx)[:, None]  # (I, 1, N, D)
         for text, (units, values) in choices.items():
-            sorted_images = np.unique(values, return_index=True)[1]  # one of each value
+            found = np.unique(values, return_index=True)[1]  # one image of each value, in order
             # Not the very ends: a unit's may be outliers.
-            shares = np.linspace(0.02, 0.98, min(stops, len(sorted_images)))  # (S,)
-            places = (shares * (len(sorted_images) - 1)).round().astype(int)  # (S,)
-            donors = self.c_tilde(probe.idx[sorted_images[places]])  # (S, N, D)
+            places = np.linspace(0.02, 0.98, min(stops, len(found))) * (len(found) - 1)  # (S,)
+            donors = self.c_tilde(probe.idx[found[places.round().astype(int)]])  # (S, N, D)
             rows = c_tilde.repeat(1, len(donors), 1, 1)  # (I, S, N, D)
             rows[:, :, units] = donors[:, units]
             made = self.generate(rows, f"slider, {text}")  # (I, S, 3, H, W)
@@ -567,16 +535,15 @@ class Painter:
 
     def draw(self, quick):
         """All figures {name: PIL.Image}, and what the page's slider shows."""
-        ds = self.ds
         idx = self.probe.idx.repeat(48)[:48]  # fewer images come again
         width, columns, shown, most = (6, 5, 2, 4) if quick else (8, 9, 3, 8)
         made = {  # in the interchange each source has the next image as its target
-            "samples": data.image_grid(ds.images(idx).unflatten(0, (4, 12))),
+            "samples": data.image_grid(self.ds.images(idx).unflatten(0, (4, 12))),
             "interchange": self.interchange(idx[:width], idx[1:width + 1]),
             "interpolation": self.interpolation(idx[:2], columns),
             "attention": self.attention(idx[:4])}
-        if ds.factor_names:
-            made["units"] = figure_units(self.model.dyga, self.probe, ds.factor_sizes)
+        if self.probe.names:
+            made["units"] = figure_units(self.model.dyga, self.probe, self.ds.factor_sizes)
         return made, self.slider(idx[:shown], most, columns)
 
 
@@ -586,12 +553,13 @@ def nearest_image(ds, images):
     def small(images):
         return F.avg_pool2d(images.float(), 8).flatten(1)  # (B, 192)
     query = small(images)  # (n, 192)
-    least, nearest = math.inf, 0
+    least = math.inf
+    nearest = 0
     parts = torch.arange(len(ds), device=query.device).split(256)
     for part in progress(parts, f"reading {len(query):,} images, 256 candidates at once"):
         distance, place = torch.cdist(query, small(ds.images(part))).min(1)
         nearest = torch.where(distance < least, part[place], nearest)  # (n,)
-        least = torch.where(distance < least, distance, least)  # (n,)
+        least = distance.clamp(max=least)  # (n,)
     return nearest
 
 
@@ -600,10 +568,9 @@ def control(painter, seed):
     For random pairs of images that differ in all factors, and each factor, the source is generated
     with the target's units of it. The result has the factors of the image nearest to it. Returns
     {factor's name, or "mean": dict}: moved, the share of pairs where it has the target's value of
-    the factor; kept, where it has the source's of all others; control, both; off, the distance from
-    the target's value in steps (of no use for hues, whose values form a circle). Each is a list of
-    four: all units of the factor exchanged; its best unit alone, as in Figures 3 and 8; the
-    ceiling, stage 1's reconstruction of what should come out; chance, a random image."""
+    the factor; kept, where it has the source's of all others; control, both; off, how many steps
+    from the target's value. Each is a list of four: all units of the factor exchanged; its best
+    alone, as in Figures 3 and 8; the ceiling, stage 1's reconstruction; chance, a random image."""
     ds = painter.ds
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(ds.factor_sizes)  # (F,)
@@ -638,11 +605,11 @@ def scatter(points, hues, anchors):
     """A panel uint8 (3, 230, 230): points (n, 2) in [0, 1] with hues (n,), anchors (K, 2)."""
     S = 460  # drawn at twice the size, then halved: smooth dots
     panel = Image.new("RGB", (S, S), "#f4f4f4")
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(30)
-    for (x, y), hue in zip((S * points).tolist(), hues.tolist()):
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], f"hsl({hue}, 80%, 45%)")
+    draw = ImageDraw.Draw(panel)
+    for place, hue in zip((S * points).tolist(), hues.tolist()):
+        draw.circle(place, 4, f"hsl({hue}, 80%, 45%)")
     for place in (S * anchors).tolist():
-        draw.text(place, "x", "black", font, "mm")
+        draw.text(place, "x", "black", anchor="mm", font_size=30)
     return torch.from_numpy(np.array(panel.reduce(2))).movedim(2, 0)
 
 
@@ -660,9 +627,8 @@ def figure_units(dyga, probe, sizes, n=1500):
         axes /= 6 * (x @ axes).std(0).clamp(min=1e-9)  # a panel is 6 deviations wide
         anchors = 0.5 + (dyga.anchors[u][dyga.mask[u]].cpu() - mean) @ axes  # (K, 2)
         hues = 300 * probe.factors[:n, f] // max(sizes[f] - 1, 1)  # (n,) red to violet
-        for times in rows.values():
-            points = 0.5 + x @ axes + times * (moves[:, u] @ axes)  # (n, 2)
-            panels.append(scatter(points, hues, anchors))
+        panels += [scatter(0.5 + (x + times * moves[:, u]) @ axes, hues, anchors)
+                   for times in rows.values()]
     tiles = torch.stack(panels).unflatten(0, (-1, len(rows))).transpose(0, 1)  # (3, F, 3, H, W)
     return data.image_grid(tiles, rows, probe.labels(1), "Principal components 1 and 2 of "
                            "units, red (the factor's first value) to violet; crosses: anchors")
@@ -705,13 +671,11 @@ def score(name, counts, metric, *arguments, **settings):
         warnings.simplefilter("always")
         found = metric(*arguments, **settings)  # a number, or a dict of numbers
     notes = [str(w.message) for w in caught if w.category is UserWarning]
-    if isinstance(found, dict):
-        found = {f"{name}_{part}": value for part, value in found.items()}
-    else:
-        found = {name: found}
+    parts = found if isinstance(found, dict) else {"": found}
     # JSON knows no nan: an undefined score is null, and a note says why.
-    return {name: {"value": None if math.isnan(value) else value, "counts": counts, "notes": notes}
-            for name, value in found.items()}
+    return {f"{name}_{part}".rstrip("_"): {
+        "value": None if math.isnan(value) else value, "counts": counts, "notes": notes}
+        for part, value in parts.items()}
 
 
 def counts_in_words(counts):
@@ -774,8 +738,8 @@ def build_parser():
     p.add_argument("--only", type=lambda words: words.split(","), metavar="A,B", help=f"some of "
                    f"{', '.join(METRICS)}, control, figures (celeba: tad, figures; a folder with "
                    "labels: dci, infomec, gbt, figures), and nothing else")
-    p.add_argument("--seed", type=int, default=0, help="of the metrics' samples and the figures' "
-                   "noise, not of any training; 0 to 2^32 - 1")
+    p.add_argument("--seed", type=train.within(int, "0..4294967295"), default=0, help="of the "
+                   "metrics' samples and the figures' noise, not of any training; 0 to 2^32 - 1")
     p.add_argument("--data_dir", help="folder of the images (default: as in training, or data)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     return p
@@ -797,8 +761,6 @@ def check_flags(args, ds):
     if wrong:
         raise UserError(f"--only {','.join(sorted(wrong))}: for {ds.name} choose from "
                         f"{', '.join(possible)} (control needs a model, most others a grid)")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed}: expected 0 to 2^32 - 1")
     return parts
 
 
@@ -812,15 +774,6 @@ def open_codes(args):
         ds.source = "codes"
     codes = torch.from_numpy(read_codes(args.codes, len(ds)))  # (images, N, D)
     return ds, codes.__getitem__
-
-
-def write(path, content):
-    """A text or a PIL.Image as a file."""
-    with data.replacing(path) as temporary:
-        if isinstance(content, str):
-            temporary.write_text(content, "utf-8")
-        else:
-            content.save(temporary)
 
 
 def main():
@@ -838,10 +791,7 @@ def main():
         config = ckpt["config"]
         ds = data.load(config["dataset"], args.data_dir or config["data_dir"], config["source"],
                        device, vary=config["vary"])
-
-        def units(idx):
-            return model.units(ds.images(idx))
-
+        units = lambda idx: model.units(ds.images(idx))  # noqa: E731
     parts = check_flags(args, ds)
     source = Path(args.checkpoint or args.codes)
     out = Path(args.out or source.parent / "eval")
@@ -875,21 +825,20 @@ def main():
         "checkpoint": str(source), "dataset": ds.name, "source": ds.source, "seed": args.seed,
         "seen": ckpt.get("seen"), "minutes": ckpt.get("minutes"), "quick": args.quick,
         "scores": scores, "control": controls, "control_counts": control_counts,
-        # Of a part of a dataset the paper has no scores.
-        "paper": {} if config.get("vary") else PAPER.get(ds.name, {}),
+        "paper": {} if config.get("vary") else PAPER.get(ds.name, {}),  # of a part it has none
         "silent": np.flatnonzero(~probe.active).tolist(),
         "anchors": separation(model.dyga, probe) if model else {},
         "factors": ds.factor_names, "nmi": probe.nmi.tolist(),
         "units": probe.labels()}
-    write(out / "metrics.json", json.dumps(report, indent=1))
+    with data.replacing(out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
     for name, row in scores.items():
         value = "undefined" if row["value"] is None else f"{row['value']:.3f}"
         paper = report["paper"].get(name, "-")
         print(f"{name:21}{value:11}paper {paper:14}{counts_in_words(row['counts'])}")
     for factor, numbers in controls.items():
-        group, best, ceiling, chance = numbers["control"]
-        print(f"control of {factor}: {group:.3f}; its best unit alone {best:.3f}, "
-              f"ceiling {ceiling:.3f}, chance {chance:.3f}")
+        print("control of {}: {:.3f}; its best unit alone {:.3f}, ceiling {:.3f}, chance {:.3f}"
+              .format(factor, *numbers["control"]))
     print(*remarks(report), sep="\n")
 
     pictures, slider = {}, None
@@ -897,10 +846,12 @@ def main():
         steps = min(config["ddim_steps"], 20) if args.quick else config["ddim_steps"]
         pictures, slider = Painter(model, ds, probe, steps, args.seed).draw(args.quick)
     for name, picture in pictures.items():
-        write(out / f"{name}.png", picture)
+        with data.replacing(out / f"{name}.png") as temporary:
+            picture.save(temporary)
     log = source.parent / "log.jsonl"
     log = log.read_text() if model and log.is_file() else ""
-    write(out / "index.html", page(report, config, pictures, log, slider))
+    with data.replacing(out / "index.html") as temporary:
+        temporary.write_text(page(report, config, pictures, log, slider), "utf-8")
     print(f"wrote {out}: metrics.json, {len(pictures)} figures, index.html (open it in a browser)")
 
 

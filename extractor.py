@@ -56,8 +56,11 @@ class Extractor(nn.Module):
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
         # first fully connected layer takes 4096 = 256 x 4 x 4 numbers, so 64 pixels are halved
         # four times: kernel 4, stride 2, padding 1. The parameter count agrees (23.570M).
-        layers = [nn.Conv2d(3, channels[0], 7, padding=3)]
-        layers += [nn.BatchNorm2d(channels[0]), nn.ReLU()]
+        layers = [
+            nn.Conv2d(3, channels[0], 7, padding=3),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(),
+        ]
         for c_in, c_out in pairwise(channels):
             layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)]
             layers += [nn.BatchNorm2d(c_out), nn.ReLU()]
@@ -86,6 +89,12 @@ class Extractor(nn.Module):
         s = self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
         return s * self.kept  # a silenced unit stays in the set, and says the same of all images
 
+    def turn(self, turn, mean):
+        """Kept scalars s (B, U) become mean + turn (s - mean), for good: turn (U, U), mean (U,)."""
+        layer = self.to_scalars[-1]
+        layer.weight[self.kept] = turn @ layer.weight[self.kept]
+        layer.bias[self.kept] = mean + turn @ (layer.bias[self.kept] - mean)
+
     def expand(self, s):
         """Scalars s (B, N) -> units c (B, N, D), each through its private MLP (and line)."""
         s = s.t().unsqueeze(-1)  # (N, B, 1)
@@ -108,7 +117,8 @@ class FSQ(nn.Module):
 
     def __init__(self, dim, levels):
         super().__init__()
-        self.down, self.up = nn.Linear(dim, len(levels)), nn.Linear(len(levels), dim)
+        self.down = nn.Linear(dim, len(levels))
+        self.up = nn.Linear(len(levels), dim)
         self.register_buffer("steps", torch.tensor(levels) - 1.0, persistent=False)  # (L,)
 
     def forward(self, c):

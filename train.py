@@ -81,10 +81,10 @@ PRESETS = {
     # Batches of 32 learn more from an image, but take a third longer for it. We have not searched
     # for better rates, warm-up, decay and clipping.
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: redundant units are silenced (dyga.py, informative_units). Once when every
-    # factor is told by some unit, and again when the kept ones have had time to change. Then
-    # those that mix two factors are turned (unmix_units).
-    --select_at 0.5 0.65 --unmix_at 0.65
+    # Beyond the paper: redundant units are silenced (dyga.py, informative_units). A few stay at
+    # first, as what is silenced is lost; the rest goes when the kept ones have had time to change.
+    # Then those that mix two factors are turned (unmix_units), and again when they are precise.
+    --select_at 0.5 0.65 --select_least 0.2 0.3 --unmix_at 0.65 0.8
 
     # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
     # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
@@ -109,7 +109,7 @@ PRESETS["minute"] = PRESETS["laptop"] + """
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
     --extractor.unit_hidden 64 64 --unet.groups 16 --unet.multipliers 1 --unet.attention_at 1
     --batch 32 --warmup 1600 --images 56000 --pool_images 1000 --fit_images 1000 --fit_every 6
-    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75 --unmix_at 0.75
+    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75 --unmix_at 0.75 0.9
 """
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
@@ -157,8 +157,8 @@ class Model(torch.nn.Module):
 
 def part(values, name):
     """The entries of one part: {"unet.base": 32, "lr": ...} and "unet" give {"base": 32}."""
-    prefix = name + "."
-    return {key[len(prefix):]: values[key] for key in values if key.startswith(prefix)}
+    name += "."
+    return {key.removeprefix(name): values[key] for key in values if key.startswith(name)}
 
 
 # ---- The two loops -------------------------------------------------------------------------------
@@ -235,9 +235,10 @@ def train_stage2(run):
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
-        if any(now < share * total <= seen for share in cfg["select_at"]):
-            select_units(run, seen)
-        if now < cfg["unmix_at"] * total <= seen:
+        for share, least in zip(cfg["select_at"], cfg["select_least"]):
+            if now < share * total <= seen:
+                select_units(run, seen, least)
+        if any(now < share * total <= seen for share in cfg["unmix_at"]):
             unmix_units(run, seen)
         if seen // fit_every > now // fit_every:
             fit_anchors(run, model, seen)
@@ -250,49 +251,42 @@ def train_stage2(run):
     run.finished = True
 
 
-def select_units(run, seen):
-    """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
-    s = scalars_of(run)
-    kept = informative_units(s, run.cfg["select_least"])
-    for model in (run.model, run.average):
-        model.extractor.kept.zero_()
-        model.extractor.kept[kept] = True
-    run.log(kept=kept, images=seen)
-
-
 def scalars_of(run):
     """The averaged weights' scalars of the images that anchors are fitted to, (n, N)."""
     s = [run.average.extractor.scalars(to_float(run.ds.images(i))) for i in run.fit_idx.split(500)]
     return torch.cat(s)
 
 
+def select_units(run, seen, least):
+    """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
+    kept = informative_units(scalars_of(run), least)
+    for model in (run.model, run.average):
+        model.extractor.kept.zero_()
+        model.extractor.kept[kept] = True
+    run.log(kept=kept, images=seen)
+
+
 @torch.no_grad()
-def unmix_units(run, seen, least=0.2):
+def unmix_units(run, seen):
     """Beyond the paper: turn the kept scalars until they are independent, by FastICA (Hyvarinen).
 
     Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
-    The loss does not mind. But of all mixtures of independent numbers those are the most Gaussian
-    that mix most: so the least Gaussian directions are the factors themselves. They become the
-    units that they resemble most, with these units' means and deviations, by new weights of the
-    layer that tells the scalars. Mixtures of less than `least` are left as they are.
+    The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
+    themselves. So the least Gaussian directions are taken for factors. Each becomes the unit that
+    it resembles most, with that unit's mean and deviation. Mixtures of less than 0.1 are left as
+    they are.
     """
-    s = scalars_of(run).cpu()  # (n, N)
-    kept = run.average.extractor.kept.nonzero()[:, 0].cpu()  # (U,)
-    mean, sd = s[:, kept].mean(0), s[:, kept].std(0)  # (U,)
-    ica = FastICA(whiten="unit-variance", max_iter=1000, random_state=run.cfg["seed"])
-    ica.fit(((s[:, kept] - mean) / sd).numpy())
-    turn = F.normalize(torch.from_numpy(ica.components_).float())  # (U, U), a row a direction
-    turn = turn[linear_sum_assignment(turn.T.abs(), maximize=True)[1]]  # row u is unit u's
-    turn *= turn.diagonal().sign()[:, None]
-    turn = torch.where(turn.abs() < least, 0, turn)
-    correlation = torch.atleast_2d(s[:, kept].T.corrcoef())  # (U, U)
-    turn /= (turn @ correlation * turn).sum(1, keepdim=True).sqrt()  # to deviation 1
-    turn = sd[:, None] * turn / sd  # of scalars as they are
-    for model in (run.model, run.average):
-        layer = model.extractor.to_scalars[-1]
-        on = layer.weight.device
-        layer.weight[kept] = turn.to(on) @ layer.weight[kept]
-        layer.bias[kept] = (mean + turn @ (layer.bias[kept].cpu() - mean)).to(on)
+    kept = run.average.extractor.kept  # (N,)
+    s = scalars_of(run)[:, kept]  # (n, U)
+    mean, sd = s.mean(0), s.std(0)  # (U,)
+    x = (s - mean) / sd  # (n, U)
+    ica = FastICA(whiten="unit-variance", max_iter=1000, random_state=0).fit(x.cpu())
+    turn = F.normalize(torch.from_numpy(ica.components_).to(x))  # (U, U), a row a direction
+    turn = turn[linear_sum_assignment(-turn.T.abs().cpu())[1]]  # row u is unit u's
+    turn = turn * turn.diagonal().sign()[:, None] * (turn.abs() > 0.1)
+    turn = turn * (sd / (x @ turn.T).std(0))[:, None] / sd  # of scalars as they are
+    run.model.extractor.turn(turn, mean)
+    run.average.extractor.turn(turn, mean)
     run.log(turn=turn.tolist(), images=seen)
 
 
@@ -466,8 +460,8 @@ class Run:
         c_tilde = model.dyga.align(model.units(images))
         sample = model.sample(c_tilde, noise, self.cfg["ddim_steps"])
         rows = torch.stack([images, model.vqgan.reconstruct(images), sample])
-        title = f"{self.seen[2]:,} images seen in stage 2"
-        picture = data.image_grid(rows, ["input", "stage 1", "sample"], title=title, scale=2)
+        picture = data.image_grid(rows, ["input", "stage 1", "sample"], scale=2,
+                                  title=f"{self.seen[2]:,} images seen in stage 2")
         with data.replacing(self.out / "samples.png") as temporary:
             picture.save(temporary)
 
@@ -517,20 +511,20 @@ def load_checkpoint(path, device="cpu"):
 # help. Defaults are the paper's where it states them (Tables 7 to 9, section C.1).
 
 TABLE = """
-dataset                shapes3d   shapes3d|cars3d|mpi3d_toy|celeba|folder   see data.py
-data_dir               data       text       folder of the datasets' files
-source                 auto       auto|official|rendered    of shapes3d: its file or our twin of it
+dataset                'shapes3d' shapes3d|cars3d|mpi3d_toy|celeba|folder   see data.py
+data_dir               'data'     text       folder of the datasets' files
+source                 'auto'     auto|official|rendered    of shapes3d: its file or our twin of it
 vary                   ''         text       hold all factors but these: names with commas between
 preset                 ''         paper|laptop|minute|tiny  none: paper on CUDA, laptop on CPU
 out                    ''         text       folder to write to; none: out/DATASET-PRESET
 resume                 False      0..1       go on from ckpt.pt in --out
 stage1_only            False      0..1       stop after stage 1
-device                 auto       text       auto, cpu, cuda, cuda:1
+device                 'auto'     text       auto, cpu, cuda, cuda:1
 seed                   0          0..4294967295             same seed, CPU, threads: same numbers
 stage1.images          2_000_000  1..1e12    images that stage 1 sees (not in the paper)
 stage1.batch           64         1..1e5     images per step of stage 1 (not in the paper)
 stage1.lr              2e-4       0..1       learning rate of stage 1 (not in the paper)
-stage1.loss            l1         l1|mse     of the reconstruction (mse: sharper edges)
+stage1.loss            'l1'       l1|mse     of the reconstruction (mse: sharper edges)
 stage1.disc_weight     0.75       0..100     of the discriminator; 0 leaves it out altogether
 stage1.disc_width      64         1..1024    width of the discriminator's first layer
 stage1.restart_images  100_000    1..1e12    images between two rescues of unused codes
@@ -538,16 +532,16 @@ images                 10_000_000 1..1e12    images that stage 2 sees (not in th
 pool_images            10_000_000 1..1e12    different ones among these, at random, at most
 batch                  512        1..1e5     images per step of stage 2
 lr                     1e-4       0..1       learning rate of stage 2
-optimizer              adamw      adamw|muon                of both stages (not in the paper)
+optimizer              'adamw'    adamw|muon                of both stages (not in the paper)
 warmup                 0          0..1e12    images over which the learning rate rises from 0
 decay                  0.0        0..1       last share of the course in which it falls to 0
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
-loss                   l1         l1|mse     of eps^ - eps (equation 2 names none; released: l1)
-t_sampling             uniform    uniform|logit_normal      how t is drawn in training
+loss                   'l1'       l1|mse     of eps^ - eps (equation 2 names none; released: l1)
+t_sampling             'uniform'  uniform|logit_normal      how t is drawn in training
 v_weight               0.0        0..2       weight of noisy times at the end (see diffusion_loss)
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.3        0..1e6     least of informative_units in dyga.py
-unmix_at               0.0        0..1       make kept scalars independent at this share; 0: never
+select_least           0.2,0.3    0..1e6     and for each of these, `least` of informative_units
+unmix_at               0.0,       0..1       make kept scalars independent at these; 0: never
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -601,7 +595,7 @@ def build_parser():
         if default == "*":
             network, argument = name.split(".")
             default = inspect.signature(PARTS[network]).parameters[argument].default
-        elif default[0].isdigit() or default in ("False", "''"):
+        else:
             default = ast.literal_eval(default)
         kind = {}
         if isinstance(default, bool):  # --unet.self_attention and --no-unet.self_attention
