@@ -56,7 +56,6 @@ DATASETS = {
                "below it a row for each picture: its name, then whole numbers"),
 }
 
-
 def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     """Open a Dataset. UserError: files missing, damaged or impossible to convert; no such factors.
     source, of shapes3d: "official" (its file), "rendered" (the twin), "auto" (the twin if no file).
@@ -93,7 +92,6 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
         images, facts = hold_others(vary.split(","), images, facts, device)
     return Dataset(dataset, source, note, images, facts, device)
 
-
 def hold_others(vary, images, facts, device):
     """Images and facts of the part of a grid in which only the factors named in `vary` change."""
     sizes = facts["factors"]
@@ -103,7 +101,6 @@ def hold_others(vary, images, facts, device):
     kept = torch.arange(facts["images"]).view(*sizes.values())[np.ix_(*held)].flatten().to(device)
     factors = {name: sizes[name] for name in sizes if name in vary}
     return lambda idx: images(kept[idx.to(device)]), dict(images=len(kept), factors=factors)
-
 
 class Dataset:
     """Images by index, and the F factors that an index stands for; every answer lies on `device`.
@@ -143,7 +140,6 @@ class Dataset:
         idx = np.ravel_multi_index(factors.cpu().numpy().T, self.factor_sizes)  # (B,)
         return torch.from_numpy(idx).to(self.device)
 
-
 # ---- The rendered twin of Shapes3D --------------------------------------------------------------
 # A room, an object in it, and a camera that circles the object. Scale, shape and orientation decide
 # what is seen where (8 * 4 * 15 = 480 cases); the three hues only paint it. And light is linear. So
@@ -157,7 +153,6 @@ def vector(x, y, z):
     """Three numbers as a column, float32 (3, 1)."""
     return torch.tensor([[x], [y], [z]]).float()
 
-
 FLOOR, WALL, OBJECT, SKY, WHITE = range(5)  # the weight maps
 HUES = 10  # rows 0 to 9 of the palette; then sky and white
 PALETTE = [ImageColor.getrgb(f"hsv({36 * k}, 100%, 100%)") for k in range(HUES)]
@@ -170,7 +165,6 @@ LIGHT = vector(-1.5, 0.5, 7.5)  # a spot light that points straight down
 # At scale 1: radius (cube: half a side), half-height of the straight part, half-height in all.
 SHAPES = {"cube": (0.350, 0.350, 0.350), "cylinder": (0.3735, 0.375, 0.375),
           "sphere": (0.4236, 0.0, 0.4236), "capsule": (0.3228, 0.3267, 0.6495)}
-
 
 def rendered(device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of the rendered twin."""
@@ -187,7 +181,6 @@ def rendered(device):
 
     # 64 images at a time: on a CPU three times as fast as 512 at once.
     return lambda idx: torch.cat([draw(part) for part in idx.to(device).split(64)])
-
 
 @functools.cache
 def weight_maps():
@@ -207,7 +200,6 @@ def weight_maps():
     torch.set_num_threads(threads)
     return torch.stack(maps).flatten(2)  # (480, 5, 4096)
 
-
 def camera(orientation):
     """Orientation 0..14 (-30 to 30 degrees) -> eye (3, 1), forward (3, 1), rays (3, n = 192**2)."""
     t = (orientation - 7) / 7 * math.radians(30)
@@ -219,14 +211,12 @@ def camera(orientation):
     v, u = torch.cartesian_prod(offset, offset).T  # (n,) each: down, and to the right
     return eye, forward, forward + u * right - v * UP  # a sample sees a point eye + depth * ray
 
-
 def shade(ambient, points, normals, forward):
     """Brightness (n,) of points (3, n) with outward unit normals (3, n): three lights."""
     headlight = -(normals * forward).sum(0)  # at the camera, but as strong at every distance
     to_light = torch.nn.functional.normalize(LIGHT - points, dim=0)  # (3, n)
     spot = (normals * to_light).sum(0).clamp(min=0) * to_light[2] ** 10  # cosine law times cone
     return ambient + 0.58 * headlight.clamp(min=0) + 0.95 * spot
-
 
 # A ray start + depth * ray is in a convex solid for ONE interval of depths, (near, far): in two at
 # once where theirs overlap, in either from the smaller near on. So all shapes are boxes and balls.
@@ -235,14 +225,12 @@ def box(start, ray, half):
     a, b = (-half - start) / ray, (half - start) / ray
     return a.minimum(b).amax(0), a.maximum(b).amin(0)
 
-
 def ball(start, ray, radius):
     """(near, far) between which 3 coordinates (a ball) or 2 (a bar) are within the radius of 0."""
     # Where |start + depth ray|^2 - radius^2 = a depth^2 + 2 b depth + c is 0; nan for a miss.
     a, b, c = (ray * ray).sum(0), (start * ray).sum(0), (start * start).sum(0) - radius ** 2
     root = (b * b - a * c).sqrt()
     return (-b - root) / a, (-b + root) / a
-
 
 def first_hit(shape, radius, half, start, ray):
     """Depth (n,) at which rays (3, n) enter an object centred at 0; inf where they miss it."""
@@ -257,7 +245,6 @@ def first_hit(shape, radius, half, start, ray):
     starts = [torch.where(near < far, near, torch.inf) for near, far in parts]  # inf: empty or nan
     return torch.stack(starts).amin(0)
 
-
 def outward(shape, radius, half, points):
     """Unit normals (3, n) at surface points (3, n) of an object centred at 0."""
     if shape == "cube":  # the face is the axis along which the point is furthest out
@@ -266,7 +253,6 @@ def outward(shape, radius, half, points):
         lid = points[2].abs() > 0.9999 * half  # on a flat end; 0.9999 forgives rounding
         return torch.where(lid, points[2].sign() * UP, points * vector(1, 1, 0) / radius)
     return (points - points[2].clamp(-half, half) * UP) / radius  # from the axis's nearest point
-
 
 def draw_room(eye, forward, rays):
     """The empty room: its five weight maps (5, n), and the points seen, (3, n), of floor, walls."""
@@ -282,7 +268,6 @@ def draw_room(eye, forward, rays):
     maps[WALL] = wall * shade(0.352, points, inwards, forward)
     maps[SKY] = ~(floor | wall)
     return maps, points
-
 
 def draw_object(room, points, eye, forward, rays, shape, scale):
     """A copy of the room (5, n), whose floor and walls are at points (3, n), with an object."""
@@ -303,12 +288,10 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
     maps[WHITE, seen] = 0.118 * ((normals * vector(-0.255, 0.168, 0.952)).sum(0) > 0)  # a step
     return maps
 
-
 # ---- Helpers that train.py and evaluate.py use too ----------------------------------------------
 
 class UserError(Exception):
     """A mistake that the user can mend. ONE line: what was found, what was expected, what to do."""
-
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose errors are one line and exit code 2; --help shows every default."""
@@ -318,7 +301,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
 
 def run(main):
     """Call main() and end as a command should: an error in one line and exit code 2, Ctrl-C 130."""
@@ -330,7 +312,6 @@ def run(main):
     except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
-
 
 @contextlib.contextmanager
 def replacing(path):
@@ -347,7 +328,6 @@ def replacing(path):
                         "stays; make room, or choose a folder that you may write to") from error
     finally:
         temporary.unlink(missing_ok=True)
-
 
 def image_grid(images, row_labels=(), col_labels=(), title="", scale=1):
     """Draw uint8 images (R, C, 3, H, W) as a PIL.Image, every pixel `scale` wide, with texts."""
@@ -368,7 +348,6 @@ def image_grid(images, row_labels=(), col_labels=(), title="", scale=1):
     for r, c in np.ndindex(R, C):
         sheet.paste(Image.fromarray(tiles[r, c]), (left + c * across, top + r * down))
     return sheet
-
 
 def main():
     """Print what a dataset holds, and draw it: each factor alone, or images from all over it."""
@@ -391,7 +370,6 @@ def main():
     print(f"{ds.source_note}\n{len(ds):,} images; factors:",
           dict(zip(ds.factor_names, ds.factor_sizes)), f"\nwrote {out}")
 
-
 # ---- Files: SKIP THIS AT FIRST READING ----------------------------------------------------------
 # Readers yield the images at `path`, uint8 (64, 64, 3), in index order. convert() writes them ONCE
 # to a plain .npy file, which is then memory-mapped: a batch reads only its own images.
@@ -406,12 +384,10 @@ def readable(path, advice):
     except Exception as error:  # every file library has its own names for damage
         raise UserError(f"{path}: {type(error).__name__}, {error} (if it is damaged: {advice})")
 
-
 def expect(what, found, expected):
     """ValueError, for readable(), unless found equals expected."""
     if found != expected:
         raise ValueError(f"{what}: found {found}, expected {expected}")
-
 
 def convert(dataset, path, npy, facts):
     """Write the images at `path` to the file `npy`, all or none."""
@@ -432,7 +408,6 @@ def convert(dataset, path, npy, facts):
         for image in tqdm(images(), total=facts["images"], disable=None):  # None: on a terminal
             file.write(image.tobytes())
 
-
 def stored(npy, facts, device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of a converted file."""
     with readable(npy, "remove it and run this again"):
@@ -440,7 +415,6 @@ def stored(npy, facts, device):
         expect("images", (array.shape, array.dtype), ((facts["images"], *SHAPE), "uint8"))
     pixels = torch.from_numpy(array)  # (images, 64, 64, 3)
     return lambda idx: pixels[idx.cpu()].to(device).permute(0, 3, 1, 2).contiguous()
-
 
 def own_pictures(folder, facts):
     """Facts of the PNG and JPEG files in a folder: all by name, or those that labels.csv lists."""
@@ -459,7 +433,6 @@ def own_pictures(folder, facts):
     stamp = repr([(path.name, path.stat().st_mtime_ns) for path in files])
     return facts | dict(stamp=f"-{zlib.crc32(stamp.encode()):08x}")
 
-
 def table_facts(names, rows, facts):
     """Add those of rows [file, F numbers]: the values of each column become 0 .. size - 1."""
     numbers = {file: tuple(map(int, texts)) for file, *texts in rows}
@@ -475,7 +448,6 @@ def table_facts(names, rows, facts):
         return facts | dict(pictures=sorted(numbers, key=numbers.get))  # a grid, row-major
     return facts | dict(pictures=list(numbers), labels=labels)
 
-
 def read_pictures(path, facts):
     """The pictures facts["pictures"], in this order, of a folder or of CelebA's .zip."""
     if path.is_file():
@@ -489,7 +461,6 @@ def read_pictures(path, facts):
             # The central square. Paper: CelebA is "resized", with no word on a crop.
             yield np.asarray(ImageOps.fit(photo, (SIZE, SIZE), Image.LANCZOS))
 
-
 def read_shapes3d(path, facts):
     """3dshapes.h5: images uint8 (480000, 64, 64, 3), in row-major order of the factors."""
     import h5py  # here and not above: nothing else needs it
@@ -497,7 +468,6 @@ def read_shapes3d(path, facts):
         images = file["images"]
         for start in range(0, len(images), 1024):  # packed in chunks, so not one by one
             yield from images[start:start + 1024]
-
 
 def read_cars3d(path, facts):
     """cars/car_*.mat, one per car: key im, uint8 (128, 128, 3, 24 azimuths, 4 elevations)."""
@@ -517,7 +487,6 @@ def read_cars3d(path, facts):
     for views in zip(*[cars[name] for name in sorted(cars)]):
         yield from views
 
-
 def read_mpi3d_toy(path, facts):
     """mpi3d_toy.npz: a zip archive with images.npy, uint8 (1036800, 64, 64, 3), 12 GB."""
     with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
@@ -526,7 +495,6 @@ def read_mpi3d_toy(path, facts):
         expect("images", found, ((facts["images"], *SHAPE), False, "uint8"))
         for _ in range(facts["images"]):
             yield np.frombuffer(file.read(math.prod(SHAPE)), "uint8").reshape(SHAPE)
-
 
 READERS = {"shapes3d": read_shapes3d, "cars3d": read_cars3d, "mpi3d_toy": read_mpi3d_toy,
            "celeba": read_pictures, "folder": read_pictures}

@@ -35,10 +35,8 @@ FLOOR = 1e-3  # least variance: a unit is a thin curve, whose Gaussian is singul
 EMPTY = 1e-6  # a component whose responsibilities sum to less than this is gone
 LIMIT = 1e3  # outliers beyond this many scales are put there: their squares would drown the rest
 
-
 class DyGA(nn.Module):
     """Anchors for n_units latent units of dim numbers each."""
-
     def __init__(
         self,
         n_units,  # N, 1 or more
@@ -245,7 +243,6 @@ class DyGA(nn.Module):
                 return None
         return two
 
-
 # ---- The parts of Algorithm 2, for one unit: x (n, D) normalised, m its mixture ------------------
 
 class Mixture(NamedTuple):
@@ -263,7 +260,6 @@ class Mixture(NamedTuple):
     def of(self, components):
         return Mixture(*(t[components] for t in self))
 
-
 def measure(x):
     """Centre (D,) and scale of a unit x (n, D), and whether it is live. The farthest 0.1% of
     samples (at least one) may be outliers: they set neither."""
@@ -275,11 +271,9 @@ def measure(x):
     live = scale > 1e-6 * centre.square().mean().sqrt()
     return centre.float(), torch.where(live, scale, 1).float(), live
 
-
 def normalise(x, centre, scale):
     """x - centre in units of scale, within +-LIMIT; all three must broadcast, x any shape."""
     return ((x - centre) / scale).clamp(-LIMIT, LIMIT)
-
 
 def cost(x, m, J):
     """-2 log(pi_k N(x; mu_k, Sigma_k)), HDDC's cost: with y_j = q_kj . (x - mu_k), j = 1..d_k,
@@ -304,14 +298,12 @@ def cost(x, m, J):
         out -= y.square()
     return out
 
-
 def e_step(x, m):
     """Responsibilities r (K, n), equation 4, and the log-likelihood, a float."""
     log_density = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
     r = log_density.softmax(0)
     likelihood = log_density.amax(0) - r.amax(0).log()  # (n,): r = density / sum; cheap logsumexp
     return r, likelihood.sum(dtype=torch.float64).item()
-
 
 def m_step(x, r, d_least, d_max):
     """The mixture that is most likely under responsibilities r (K, n). The scree test chooses d_k,
@@ -335,7 +327,6 @@ def m_step(x, r, d_least, d_max):
     a = torch.where(rest, b[:, None], values.clamp(min=FLOOR))  # (K, D)
     return Mixture((count / count.sum()).log(), mu, q, a, b, d).of(count > EMPTY)
 
-
 def scree(eigenvalues):
     """Cattell's scree test, which chooses d_k: among eigenvalues (..., D), given falling, find the
     last step down above a fifth of the largest; count those before it, 1 to D - 1."""
@@ -343,7 +334,6 @@ def scree(eigenvalues):
     large = step > 0.2 * step.amax(-1, keepdim=True)
     place = torch.arange(1, eigenvalues.shape[-1])  # (D - 1,)
     return (large * place).amax(-1).clamp(min=1)
-
 
 def em(x, m, max_iter, tol, d_max):
     """HDDC (Bouveyron, Girard, Schmid 2007): expectation maximisation, until the mean
@@ -360,7 +350,6 @@ def em(x, m, max_iter, tol, d_max):
             break
     return m, history
 
-
 def plus_plus(x, K, generator):
     """k-means++: each next start is a sample drawn with odds (distance to the nearest start)^2.
     Returns r (K, n), 1 for the nearest start. Equal samples share one, so rows can stay empty."""
@@ -373,7 +362,6 @@ def plus_plus(x, K, generator):
     label = torch.stack(squares).argmin(0)  # (n,)
     return (label == torch.arange(K)[:, None]).to(x.dtype)  # (K, n)
 
-
 def clusters(x, m):
     """The paper's clusters, lists of K: the samples (n_k, D) for which component k has
     responsibility > 0.5, and their spread, which equation 5 calls density."""
@@ -381,7 +369,6 @@ def clusters(x, m):
     parts = [x[(owner == k) & (best > 0.5)] for k in range(len(m.mu))]
     spreads = [(part - part.mean(0)).norm(dim=1).mean().item() for part in parts]
     return parts, spreads
-
 
 # ---- Beyond the paper: which units to keep -------------------------------------------------------
 
@@ -434,7 +421,6 @@ def informative_units(s, least, most=0.3, bins=20):
             kept.append(best)
     return sorted(kept)
 
-
 # ---- Toy units: python dyga.py -------------------------------------------------------------------
 
 def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
@@ -451,7 +437,6 @@ def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
     scale = h.var(1).mean(-1).sqrt().clamp(min=0.1)[:, None, None]  # (N, 1, 1)
     h = h + noise * scale * torch.randn(h.shape, generator=generator)
     return h.transpose(0, 1), level
-
 
 def main():
     """Fit toy units by both rules, print their anchors, draw one unit before and after align."""
@@ -479,7 +464,6 @@ def main():
             draw.circle(place, 2, "black")
     Path("out").mkdir(exist_ok=True)
     image.save("out/dyga.png")
-
 
 if __name__ == "__main__":
     main()

@@ -47,13 +47,11 @@ BATCH = 500  # images that go through the extractor at once
 ACTIVE = 0.05  # FactorVAE's rule: a unit of smaller standard deviation is silent
 TEMPLATE = Path(__file__).parent / "assets" / "page.html"
 
-
 def progress(work, words, total=None):
     """Go through `work` with a bar that says what is done and how long it still takes."""
     if not sys.stderr.isatty():
         print(words, file=sys.stderr)  # no bar there: a line at the start
     return tqdm(work, words, total, leave=False, disable=None)  # None: only on a terminal
-
 
 # ---- Codes: from images to one number per unit --------------------------------------------------
 
@@ -70,12 +68,10 @@ def fit_pca(c):
     sign = direction.gather(1, largest).sign()  # (N, 1): of +-direction the one that this makes > 0
     return mean.float(), (direction * sign).float()
 
-
 def project(c, pca):
     """Units c (n, N, D) to their coordinates along the first component, (n, N)."""
     mean, direction = pca
     return ((c - mean) * direction).sum(-1)  # (n, N)
-
 
 def cached(units, pca, count):
     """The encode(idx) of the metrics. units: a function idx int64 (B,) -> c (B, N, D)."""
@@ -89,7 +85,6 @@ def cached(units, pca, count):
                 table[part] = project(units(part), pca).cpu()
         return table[idx]
     return encode
-
 
 def read_codes(path, count):
     """A file of codes, see --codes, of `count` images -> (images, N, D), D = 1 for (images, U)."""
@@ -105,7 +100,6 @@ def read_codes(path, count):
         raise UserError(f"{path}: {name} is {codes.dtype} {codes.shape}; expected numbers without "
                         f"NaN and Inf, ({count:,} images, U) or ({count:,} images, N, D)")
     return 1.0 * codes.reshape(len(codes), codes.shape[1], -1)  # (images, N, D), no whole numbers
-
 
 class Probe:
     """A random sample of images, and which unit knows which factor on it.
@@ -148,7 +142,6 @@ class Probe:
             factor = f"{self.names[f]}: " if self.names else ""
             said.append(f"{factor}unit {', '.join(map(str, units[:most]))}")
         return said
-
 
 # ---- Metrics ------------------------------------------------------------------------------------
 # Most take encode(idx int64 (B,)) -> float (B, U), one number per unit, and factor_sizes: idx
@@ -194,7 +187,6 @@ class Sampler:
         n = len(x) * n_train // (n_train + n_test)  # fewer images are shared in this proportion
         return x[:n], y[:n], x[n:], y[n:]
 
-
 def checked(codes, n, least_units):
     """codes as float64 (n, U). ValueError: another shape, too few units, NaN or Inf in a unit."""
     codes = np.asarray(codes, float)
@@ -205,12 +197,10 @@ def checked(codes, n, least_units):
         raise ValueError(f"NaN or Inf in the codes of units {bad.tolist()}")
     return codes
 
-
 def gap(scores):
     """Best minus second best unit. scores: (U, K) -> (K,)."""
     ranked = np.sort(scores, axis=0)  # (U, K), the best last
     return ranked[-1] - ranked[-2]
-
 
 def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, n_test=5_000,
                batch=64):
@@ -247,7 +237,6 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
     name = votes(n_train).argmax(1)  # (A,), the lowest where votes tie, 0 where there are none
     return float(votes(n_test)[np.arange(len(name)), name].sum() / n_test)
 
-
 def fit_trees(x, y, x_test, y_test, seed, jobs, words):
     """Boosted trees from codes to each factor -> importances (U, K), test accuracies (K,)."""
     def fit(labels, truth):
@@ -258,7 +247,6 @@ def fit_trees(x, y, x_test, y_test, seed, jobs, words):
     fits = joblib.Parallel(jobs, return_as="generator")(map(joblib.delayed(fit), y.T, y_test.T))
     importances, accuracies = zip(*progress(fits, words, y.shape[1]))
     return np.stack(importances, axis=1), np.array(accuracies)
-
 
 def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=-1):
     """DCI (reference 14): who is asked for what? jobs: processes, -1 for one per core.
@@ -277,7 +265,6 @@ def dci(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000, jobs=-1):
             "completeness": float(per_factor.mean()),
             "informativeness": float(accuracies.mean())}
 
-
 def mutual_information(codes, factors, bins=20):
     """Mutual information of units, cut into bins, with factors, and factors' entropies; in nats.
     codes (n, U), factors int64 (n, K) -> (U, K), (K,). Plug-in estimates: a unit and a factor that
@@ -289,14 +276,12 @@ def mutual_information(codes, factors, bins=20):
         mi[u] = [mutual_info_score(labels, values) for values in factors.T]
     return mi, np.array([mutual_info_score(values, values) for values in factors.T])
 
-
 def mig(encode, factor_sizes, seed=0, n_train=10_000, bins=20):
     """Mutual information gap (reference 9), 0 to 1: does exactly one unit know a factor?
     Mean over factors of (best - second best unit's information) / H(factor)."""
     codes, factors = Sampler(encode, factor_sizes, seed, least_units=2).draw(n_train)
     mi, h = mutual_information(codes, factors, bins)
     return float((gap(mi) / h).mean())
-
 
 def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_only=False):
     """Modularity (reference 49), 0 to 1: does a unit know one factor? It does not mind copies.
@@ -314,7 +299,6 @@ def modularity(encode, factor_sizes, seed=0, n_train=10_000, bins=20, active_onl
         return math.nan
     return float(per_unit.mean())
 
-
 def sap(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000):
     """SAP score (reference 33), 0 to 1: does one unit alone predict a factor, by a straight cut?
     Mean over factors of best minus second best unit's test accuracy."""
@@ -328,13 +312,11 @@ def sap(encode, factor_sizes, seed=0, n_train=10_000, n_test=5_000):
         table[u, k] = model.score(x_test[:, [u]], y_test[:, k])
     return float(gap(table).mean())
 
-
 def linear_error(x, y):
     """Training log loss of a linear classifier without penalty (C = inf), 100 steps at most."""
     with threadpool_limits(1):  # 20 columns: threads would only wait, 150 times as long at worst
         model = LogisticRegression(C=np.inf, class_weight="balanced").fit(x, y)
         return log_loss(y, model.predict_proba(x))
-
 
 def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     """InfoMEC (reference 24), without bins. Returns dict, all at most 1:
@@ -365,7 +347,6 @@ def infomec(encode, factor_sizes, seed=0, n_train=10_000):
         warnings.warn(f"InfoC: undefined for {A} active unit(s), reported as nan")
     return {"infom": float(infom), "infoc": float(infoc), "infoe": float(saved.mean())}
 
-
 def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=-1, n_train=10_000):
     """Are few labels enough (Table 5)? Trees from n_train labels, from 1,000 and from 100.
     Returns dict: acc, test accuracy at n_train; acc_1000_ratio, acc_100_ratio: what is left."""
@@ -376,7 +357,6 @@ def gbt_efficiency(encode, factor_sizes, seed=0, n_test=5_000, jobs=-1, n_train=
         means.append(fit_trees(*samples, seed, jobs, f"trees from {n:,} labels")[1].mean())
     acc, acc_1000, acc_100 = map(float, means)
     return {"acc": acc, "acc_1000_ratio": acc_1000 / acc, "acc_100_ratio": acc_100 / acc}
-
 
 def stepped_auroc(codes, attribute, step):
     """AUROC of a unit (n,) for an attribute (n,) of 0 and 1, in the better direction. From 1 / step
@@ -389,7 +369,6 @@ def stepped_auroc(codes, attribute, step):
         fpr = np.sort(predicted[:, attribute == 0].mean(1))  # (T,) of false, each sorted by itself
         areas.append((np.diff(fpr) * tpr[1:]).sum())  # rectangles as high as their right end
     return max(areas)
-
 
 def tad(codes, attributes, step=0.1):
     """Total AUROC difference (reference 70, Table 2), for images that have attributes and no grid.
@@ -409,7 +388,6 @@ def tad(codes, attributes, step=0.1):
             auroc[u, k] = stepped_auroc(codes[:, u], attributes[:, k], step)
     captured = clean & (auroc.max(0) >= 0.75)  # (A,)
     return {"tad": float(gap(auroc)[captured].sum()), "captured": int(captured.sum())}
-
 
 def separation(dyga, probe):
     """How well anchors separate the values of each unit's favourite factor (Figure 1).
@@ -438,7 +416,6 @@ def separation(dyga, probe):
         found[name] = dict(zip(("purity", "chance", "margin"), np.mean(rows, axis=0).tolist()))
     return found
 
-
 # ---- Figures: each gives a PIL.Image ------------------------------------------------------------
 
 def exchange(c_tilde, other, groups):
@@ -448,7 +425,6 @@ def exchange(c_tilde, other, groups):
     for row, units in zip(rows, groups):
         row[:, units] = other[:, units]
     return rows
-
 
 class Painter:
     """Generates images, and draws the figures that need the model. steps: of DDIM.
@@ -546,7 +522,6 @@ class Painter:
             made["units"] = figure_units(self.model.dyga, self.probe, self.ds.factor_sizes)
         return made, self.slider(idx[:shown], most, columns)
 
-
 def nearest_image(ds, images):
     """The image of the WHOLE dataset that looks most like each of these n -> idx int64 (n,).
     Compared at 8x8 pixels, which read all factors of 576 reconstructions of laptop's stage 1."""
@@ -561,7 +536,6 @@ def nearest_image(ds, images):
         nearest = torch.where(distance < least, part[place], nearest)  # (n,)
         least = distance.clamp(max=least)  # (n,)
     return nearest
-
 
 def control(painter, seed):
     """Beyond the paper: does exchanging a factor's units change that factor, and nothing else?
@@ -600,7 +574,6 @@ def control(painter, seed):
     return {name: dict(zip(("moved", "kept", "control", "off"), numbers.tolist()))
             for name, numbers in found.items()}
 
-
 def scatter(points, hues, anchors):
     """A panel uint8 (3, 230, 230): points (n, 2) in [0, 1] with hues (n,), anchors (K, 2)."""
     S = 460  # drawn at twice the size, then halved: smooth dots
@@ -611,7 +584,6 @@ def scatter(points, hues, anchors):
     for place in (S * anchors).tolist():
         draw.text(place, "x", "black", anchor="mm", font_size=30)
     return torch.from_numpy(np.array(panel.reduce(2))).movedim(2, 0)
-
 
 def figure_units(dyga, probe, sizes, n=1500):
     """Figures 1 and 11: each factor's best unit before and after alignment, in two dimensions."""
@@ -632,7 +604,6 @@ def figure_units(dyga, probe, sizes, n=1500):
     tiles = torch.stack(panels).unflatten(0, (-1, len(rows))).transpose(0, 1)  # (3, F, 3, H, W)
     return data.image_grid(tiles, rows, probe.labels(1), "Principal components 1 and 2 of "
                            "units, red (the factor's first value) to violet; crosses: anchors")
-
 
 # ---- Report and command -------------------------------------------------------------------------
 
@@ -663,7 +634,6 @@ tad_tad             -            -            -            0.954+-0.024
 NAMES, *COLUMNS = zip(*map(str.split, PAPER_TEXT.splitlines()))
 PAPER = {column[0]: dict(zip(NAMES[1:], column[1:])) for column in COLUMNS}  # by dataset
 
-
 def score(name, counts, metric, *arguments, **settings):
     """Call a metric with these arguments -> {score: dict of value, counts, notes}."""
     print(f"{name}: {counts_in_words(counts)}")
@@ -677,11 +647,9 @@ def score(name, counts, metric, *arguments, **settings):
         "value": None if math.isnan(value) else value, "counts": counts, "notes": notes}
         for part, value in parts.items()}
 
-
 def counts_in_words(counts):
     """Sample counts as a text."""
     return ", ".join(f"{name.removeprefix('n_')} {count:,}" for name, count in counts.items())
-
 
 def remarks(report):
     """What a reader must know before quoting a number: a list of sentences."""
@@ -706,13 +674,11 @@ def remarks(report):
         said.append("No anchors of active units: nothing is aligned.")
     return said
 
-
 def inline(picture):
     """A PIL.Image as an address that holds the picture itself."""
     buffer = io.BytesIO()  # a file in memory
     picture.save(buffer, "JPEG", quality=90, subsampling=0)  # a third of a PNG
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
 
 def page(report, config, pictures, log, slider):
     """index.html as text. pictures: {figure: PIL.Image}; log: a text; slider: a dict or None."""
@@ -721,7 +687,6 @@ def page(report, config, pictures, log, slider):
                           "player": slider, "log": log, "config": config})
     content = content.replace("<", "\\u003c")  # or a user's name could end the script
     return TEMPLATE.read_text("utf-8").replace("$page", content)
-
 
 def build_parser():
     """Every flag with its help."""
@@ -744,7 +709,6 @@ def build_parser():
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     return p
 
-
 def check_flags(args, ds):
     """What to compute: metrics, "control", "figures". UserError for what is unknown."""
     possible = list(METRICS) if ds.is_grid else ["dci", "infomec", "gbt"]
@@ -763,7 +727,6 @@ def check_flags(args, ds):
                         f"{', '.join(possible)} (control needs a model, most others a grid)")
     return parts
 
-
 def open_codes(args):
     """--codes -> the dataset, and the function idx int64 (B,) -> c (B, N, D)."""
     facts = data.DATASETS[args.dataset]
@@ -774,7 +737,6 @@ def open_codes(args):
         ds.source = "codes"
     codes = torch.from_numpy(read_codes(args.codes, len(ds)))  # (images, N, D)
     return ds, codes.__getitem__
-
 
 def main():
     """Check all that can be wrong, then score, draw, and write the report."""
@@ -853,7 +815,6 @@ def main():
     with data.replacing(out / "index.html") as temporary:
         temporary.write_text(page(report, config, pictures, log, slider), "utf-8")
     print(f"wrote {out}: metrics.json, {len(pictures)} figures, index.html (open it in a browser)")
-
 
 if __name__ == "__main__":
     data.run(main)

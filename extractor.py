@@ -17,10 +17,8 @@ from itertools import pairwise
 import torch
 import torch.nn as nn
 
-
 class UnitLinear(nn.Module):
     """N nn.Linear side by side, one per unit, in one product: (N, B, d_in) -> (N, B, d_out)."""
-
     def __init__(self, n_units, d_in, d_out):
         super().__init__()
         bound = d_in ** -0.5  # nn.Linear's own start: uniform within 1/sqrt(d_in)
@@ -29,7 +27,6 @@ class UnitLinear(nn.Module):
 
     def forward(self, x):
         return self.bias + x @ self.weight  # (N, 1, d_out) + (N, B, d_in) @ (N, d_in, d_out)
-
 
 class Extractor(nn.Module):
     """Image -> latent units c. Table 9 with the default arguments.
@@ -47,7 +44,6 @@ class Extractor(nn.Module):
             seen along its main direction, one arm's values fall together. Beside a line that is
             long from the start, bends are small.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not."""
-
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
                  unit_line=False, fsq_levels=()):
@@ -107,14 +103,12 @@ class Extractor(nn.Module):
         """Images float (B, 3, H, W) in [-1, 1] -> units c (B, N, D)."""
         return self.expand(self.scalars(x))
 
-
 class FSQ(nn.Module):
     """Not part of the method, skip it at first: finite scalar quantisation (Mentzer et al. 2023),
     Table 11's rival of DyGA. A unit of c (B, N, D) is mapped to a few numbers, each is rounded to
     one of `levels` evenly spaced values, and the result is mapped back. With the paper's (8, 5, 5)
     a unit can take 200 values: enough, but on an even grid, whatever the attributes are.
     Paper: does not say whether all units share the two maps; here they do, as is common."""
-
     def __init__(self, dim, levels):
         super().__init__()
         self.down = nn.Linear(dim, len(levels))
@@ -126,7 +120,6 @@ class FSQ(nn.Module):
         z = z + (z.round() - z).detach()  # rounded, with the gradient of what was not
         return self.up(2 * z / self.steps - 1)  # (B, N, D), from values in [-1, 1]
 
-
 def main():
     """Two images through the paper-size extractor: prints the shapes, and the parameter count."""
     net = Extractor()
@@ -135,7 +128,6 @@ def main():
     print(f"scalars    {list(s.shape)}, one number per unit")
     print(f"units c    {list(net.expand(s).shape)}, the set that the U-Net cross-attends to")
     print(f"parameters {sum(p.numel() for p in net.parameters()):,}; Table 9: 23.570M")
-
 
 if __name__ == "__main__":
     main()

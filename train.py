@@ -90,16 +90,6 @@ PRESETS = {
     # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
     --images 224000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
-    "tiny": """
-    # For the tests: both stages and anchors in seconds, the discriminator too; nothing is learnt.
-    --vqgan.patch 4 --vqgan.channels 16 --vqgan.multipliers 1 2 --vqgan.res_blocks 1
-    --vqgan.codebook_size 64 --stage1.lr 2e-3 --stage1.disc_width 8 --stage1.restart_images 160
-    --stage1.batch 16 --stage1.images 640 --extractor.n_units 6 --extractor.shrink 4
-    --extractor.channels 8 16 16 --extractor.hidden 32 32 --extractor.unit_hidden 16 16
-    --unet.base 16 --unet.multipliers 1 2 --unet.res_blocks 1 --unet.attention_at 1 2
-    --unet.heads 2 --unet.groups 4 --lr 1e-3 --batch 32 --images 1280 --pool_images 640
-    --ema_half_life 1000 --fit_images 320 --ddim_steps 10
-    """,
 }
 PRESETS["minute"] = PRESETS["laptop"] + """
     # For a first look: the twin's three hues alone, 1,000 images, so nearly everything may be
@@ -114,12 +104,10 @@ PRESETS["minute"] = PRESETS["laptop"] + """
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
 
-
 # ---- The model: all four networks, and how they call each other ----------------------------------
 
 class Model(torch.nn.Module):
     """The VQ-GAN, extractor, anchors and U-Net together. cfg: a dict of all settings."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -154,12 +142,10 @@ class Model(torch.nn.Module):
         """DDIM: aligned units c_tilde (B, N, D) and noise -> images uint8 (B, 3, 64, 64)."""
         return self.vqgan.decode(ddim(self.unet, noise, c_tilde, self.alpha_bar, steps))
 
-
 def part(values, name):
     """The entries of one part: {"unet.base": 32, "lr": ...} and "unet" give {"base": 32}."""
     name += "."
     return {key.removeprefix(name): values[key] for key in values if key.startswith(name)}
-
 
 # ---- The two loops -------------------------------------------------------------------------------
 
@@ -192,7 +178,6 @@ def train_stage1(run):
     print(f"stage 1 done: reconstructions at {decibels:.1f} dB")
     run.stage = 2
     run.save()  # whatever comes, stage 1 is not lost
-
 
 def train_stage2(run):
     """Algorithm 1: extractor and U-Net together, anchors fitted anew after every r epochs."""
@@ -250,12 +235,10 @@ def train_stage2(run):
     fit_anchors(run, average, run.seen[2])
     run.finished = True
 
-
 def scalars_of(run):
     """The averaged weights' scalars of the images that anchors are fitted to, (n, N)."""
     s = [run.average.extractor.scalars(to_float(run.ds.images(i))) for i in run.fit_idx.split(500)]
     return torch.cat(s)
-
 
 def select_units(run, seen, least):
     """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
@@ -264,7 +247,6 @@ def select_units(run, seen, least):
         model.extractor.kept.zero_()
         model.extractor.kept[kept] = True
     run.log(kept=kept, images=seen)
-
 
 @torch.no_grad()
 def unmix_units(run, seen):
@@ -289,7 +271,6 @@ def unmix_units(run, seen):
     run.average.extractor.turn(turn, mean)
     run.log(turn=turn.tolist(), images=seen)
 
-
 def fit_anchors(run, model, seen):
     """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
     if run.rank or not run.cfg["dyga.lam"]:
@@ -302,7 +283,6 @@ def fit_anchors(run, model, seen):
     model.dyga.fit(units, torch.Generator().manual_seed(run.seed_of(3, seen)))
     run.log(of="training" if model is run.model else "average",
             images=seen, anchors=model.dyga.mask.sum(1).tolist())
-
 
 def make_optimizers(cfg, networks, others, betas, weight_decay):
     """A list of one optimiser or two. Muon has what has two or more dimensions in `networks`.
@@ -317,19 +297,16 @@ def make_optimizers(cfg, networks, others, betas, weight_decay):
     optimizers = [torch.optim.AdamW(adamw, 0.0, betas, weight_decay=weight_decay, fused=True)]
     return optimizers + [Muon(muon, 0.0)] if muon else optimizers
 
-
 def step(optimizers, lr):
     """One step of every optimiser at this learning rate."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
 
-
 # ---- The run: where it is, and what it writes ----------------------------------------------------
 
 class Run:
     """One training run: images, model, optimisers, how far it is, and its files."""
-
     def __init__(self, cfg, device, world):
         self.cfg, self.device, self.out = cfg, device, Path(cfg["out"])
         self.ckpt_path, self.log_path = self.out / "ckpt.pt", self.out / "log.jsonl"
@@ -465,7 +442,6 @@ class Run:
         with data.replacing(self.out / "samples.png") as temporary:
             picture.save(temporary)
 
-
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 def read_checkpoint(path):
@@ -480,7 +456,6 @@ def read_checkpoint(path):
             raise ValueError(f"format {ckpt['format']}, expected {FORMAT}: train it again")
     return ckpt
 
-
 @contextlib.contextmanager
 def fitting(path):
     """UserError for a file that is no checkpoint, or whose parts are not what we build."""
@@ -494,7 +469,6 @@ def fitting(path):
                         f"it ({type(error).__name__}: {reason}); expected a whole ckpt.pt "
                         "(tests/released.py converts those of the paper's code)") from error
 
-
 def load_checkpoint(path, device="cpu"):
     """Checkpoint file -> (averaged model in eval mode, the checkpoint)."""
     ckpt = read_checkpoint(path)
@@ -505,7 +479,6 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(ckpt["average"])
     return model.float().to(device).eval(), ckpt
 
-
 # ---- Settings: default < preset < dataset < flag -------------------------------------------------
 # One row a setting: name, default (*: see the signature of the class), least and most or choices,
 # help. Defaults are the paper's where it states them (Tables 7 to 9, section C.1).
@@ -515,7 +488,7 @@ dataset                'shapes3d' shapes3d|cars3d|mpi3d_toy|celeba|folder   see 
 data_dir               'data'     text       folder of the datasets' files
 source                 'auto'     auto|official|rendered    of shapes3d: its file or our twin of it
 vary                   ''         text       hold all factors but these: names with commas between
-preset                 ''         paper|laptop|minute|tiny  none: paper on CUDA, laptop on CPU
+preset                 ''         paper|laptop|minute  none: paper on CUDA, laptop on CPU
 out                    ''         text       folder to write to; none: out/DATASET-PRESET
 resume                 False      0..1       go on from ckpt.pt in --out
 stage1_only            False      0..1       stop after stage 1
@@ -586,7 +559,6 @@ unet.self_attention    *          0..1       self-attention in the Transformers
 PARTS = {"vqgan": VQGAN, "extractor": Extractor, "dyga": DyGA, "unet": UNet}
 HERE = ("data_dir", "out", "resume", "stage1_only", "device")  # may differ when a run is resumed
 
-
 def build_parser():
     """Every setting as a flag with its help; the defaults are the paper's."""
     p = data.Parser(description="Defaults are the paper's, or ours; a preset changes some.")
@@ -610,7 +582,6 @@ def build_parser():
         p.add_argument(f"--{name}", default=default, **kind, help=f"{text}; {limits}")
     return p
 
-
 def within(kind, limits):
     """What argparse calls to read a number of this kind within limits such as "0..1"."""
     least, most = map(float, limits.split(".."))
@@ -622,7 +593,6 @@ def within(kind, limits):
         return value
 
     return number
-
 
 def parse():
     """The command line -> settings (a plain dict), device, checkpoint to resume or None."""
@@ -654,7 +624,6 @@ def parse():
     cfg["out"] = str(out)
     return cfg, device, ckpt
 
-
 def check_settings(cfg, world):
     """UserError for numbers that do not fit each other."""
     levels = len(cfg["vqgan.multipliers"]) + len(cfg["unet.multipliers"])
@@ -670,7 +639,6 @@ def check_settings(cfg, world):
         if found % factor:
             raise UserError(f"{what}: found {found}, expected a multiple of {factor}")
 
-
 # ---- The machine ---------------------------------------------------------------------------------
 
 def pick_device(text):
@@ -685,11 +653,9 @@ def pick_device(text):
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {text}: cannot be used here ({error}); try cpu") from error
 
-
 def in_bfloat16(device):
     """Does stage 2 compute in bfloat16? Not on CPUs, nor on older GPUs, which emulate it slowly."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
 
 def lock(path):
     """Hold the log open and locked: a second run in its folder is refused. UserError."""
@@ -702,7 +668,6 @@ def lock(path):
     except OSError:
         raise UserError(f"{path.parent}: another run writes there; choose another --out") from None
     return file
-
 
 def main():
     """Parse, say what was chosen, run both stages, write everything."""
@@ -749,7 +714,6 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     print(f"done in {run.minutes:.1f} minutes; wrote {run.ckpt_path}, samples.png, log.jsonl")
-
 
 if __name__ == "__main__":
     data.run(main)

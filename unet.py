@@ -28,7 +28,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 # ---- The noise schedule, and time ----------------------------------------------------------------
 
 def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
@@ -39,19 +38,16 @@ def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
     betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, timesteps, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0).float()  # float64 until here: 1,000 rounded products
 
-
 def add_noise(z0, eps, t, alpha_bar):
     """t steps of equation 1: z0 and eps (B, Z, h, w), times t int64 (B,) -> z_t (B, Z, h, w)."""
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
-
 
 def time_embedding(t, dim):
     """Cosines and sines of t at dim/2 frequencies from 1 to almost 1/10000: (B,) -> (B, dim)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[:, None] * freqs  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
-
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
 
@@ -60,7 +56,6 @@ def zero(module):
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
-
 
 def drop_channels(x, rate, training):
     """Zero whole channels of x (B, C, h, w), each with probability `rate` (1 - p in equation 7).
@@ -73,12 +68,10 @@ def drop_channels(x, rate, training):
     keep = torch.rand(x.shape[:2], device=x.device) >= rate  # (B, C)
     return x * keep[:, :, None, None] / (1 - rate)
 
-
 class ResBlock(nn.Module):
     """Norm, SiLU, resize, conv, then norm, scale and shift by time, SiLU, dropout, conv; residual.
 
     resize: a module that halves or doubles the size, on both branches (LDM's `resblock_updown`)."""
-
     def __init__(self, c_in, c_out, time_dim, groups, dropout, resize=None):
         super().__init__()
         self.resize = resize or nn.Identity()
@@ -98,10 +91,8 @@ class ResBlock(nn.Module):
         h = self.conv_out(self.dropout(F.silu(h)))
         return self.shortcut(self.resize(x)) + h
 
-
 class Attention(nn.Module):
     """Multi-head attention of tokens x (B, L, C) to a context (B, N, D): x itself, or the units."""
-
     def __init__(self, dim, context_dim, heads):
         super().__init__()
         self.heads = heads
@@ -125,10 +116,8 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).flatten(2)  # (B, L, C)
         return self.to_out(out)
 
-
 class Transformer(nn.Module):
     """Self-attention of pixels, cross-attention to the units, GEGLU feed-forward; all residual."""
-
     def __init__(self, dim, context_dim, groups, heads, self_attention=True):
         super().__init__()
         self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
@@ -157,15 +146,12 @@ class Transformer(nn.Module):
         h = self.proj_out(h + self.ff_out(value * F.gelu(gate)))  # (B, H*W, C)
         return x + h.mT.view(B, C, H, W)
 
-
 class Blocks(nn.ModuleList):
     """Blocks in a row. All are called alike, and each takes what it needs of time and units."""
-
     def forward(self, x, time, c_tilde, maps):
         for block in self:
             x = block(x, time, c_tilde, maps)
         return x
-
 
 # ---- The U-Net -----------------------------------------------------------------------------------
 
@@ -187,7 +173,6 @@ class UNet(nn.Module):
             not in the list of FACTORS [1, 2, 4]: at 16x16 and 8x8, where conditions ARE injected.
         backbone_dropout: Table 12's control: drop channels of the backbone at those places.
         self_attention: False leaves out the Transformers' self-attention."""
-
     def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2,
                  attention_at=(1, 2, 4), heads=8, groups=32, context_dim=32, dropout=0.1,
                  skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
@@ -272,7 +257,6 @@ class UNet(nn.Module):
             h = stage(torch.cat([h, skip], dim=1), time, c_tilde, maps)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-
 # ---- Training loss, sampling, averaging ----------------------------------------------------------
 
 def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform", v_weight=0.0):
@@ -294,7 +278,6 @@ def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"
     error = unet(add_noise(z0, eps, t, alpha_bar), t, c_tilde) - eps  # (B, Z, h, w)
     error = error.abs() if kind == "l1" else error.square()
     return (alpha_bar[t] ** -v_weight * error.mean((1, 2, 3))).mean()
-
 
 @torch.no_grad()
 def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
@@ -325,7 +308,6 @@ def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
         return z_t, total / count
     return z_t
 
-
 @torch.no_grad()
 def ema_update(average, module, half_life, batch, images_seen):
     """Move `average`, a copy of `module`, towards it: an exponential moving average over images.
@@ -337,7 +319,6 @@ def ema_update(average, module, half_life, batch, images_seen):
     for old, new in zip(average.state_dict().values(), module.state_dict().values()):
         if old.is_floating_point():  # weights, and BatchNorm's statistics like them
             old.lerp_(new, weight)
-
 
 # ---- Muon, the laptop preset's optimiser for weight matrices -------------------------------------
 
@@ -356,7 +337,6 @@ def orthogonalise(x):
         x = a * x + (b * gram + c * gram @ gram) @ x  # (B, m, n)
     return x
 
-
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): averages gradients, as momentum does, then orthogonalises.
 
@@ -365,7 +345,6 @@ class Muon(torch.optim.Optimizer):
     object's shape beside the hues', are learnt early that way. Steps are scaled to the usual size
     of AdamW's (Liu et al. 2025), which has the weights of one dimension: one learning rate serves
     both. Paper: names no optimiser; the code that it builds on has AdamW, as the paper preset."""
-
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
@@ -384,7 +363,6 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalise(update)
                 p.sub_(update.view_as(p), alpha=0.2 * group["lr"] * max(m, n) ** 0.5)
 
-
 def main():
     """Build the paper-size U-Net, run one batch and print what happens at every level."""
     net = UNet()
@@ -399,7 +377,6 @@ def main():
         net.skip_dropout_where = where
         dropped = {16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}
         print(f"skips are dropped, {where}: where features are {sorted(dropped)} pixels wide")
-
 
 if __name__ == "__main__":
     main()

@@ -22,16 +22,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 def to_float(images):
     """Images uint8 (B, 3, H, W) -> float in [-1, 1], what every network here reads and draws."""
     return images.float() / 127.5 - 1
 
-
 def to_uint8(x):
     """Images float in [-1, 1], values beyond cut off -> uint8 (B, 3, H, W)."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
 
@@ -45,10 +42,8 @@ def norm_silu(channels, group_channels):
     groups = math.gcd(32, channels, channels // group_channels)
     return nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU())
 
-
 class ResBlock(nn.Module):
     """x + conv(norm(conv(norm(x)))), a 1x1 convolution on the short path if the width changes."""
-
     def __init__(self, c_in, c_out, group_channels):
         super().__init__()
         self.branch = nn.Sequential(
@@ -62,10 +57,8 @@ class ResBlock(nn.Module):
     def forward(self, x):
         return self.shortcut(x) + self.branch(x)
 
-
 class AttentionBlock(nn.Module):
     """One head of self-attention over all positions: where far parts of the image meet."""
-
     def __init__(self, channels, group_channels):
         super().__init__()
         self.norm = norm_silu(channels, group_channels)[0]  # no SiLU here
@@ -78,10 +71,8 @@ class AttentionBlock(nn.Module):
         h = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])  # (B, H*W, C)
         return x + self.to_out(h.mT.reshape(B, C, H, W))
 
-
 class Downsample(nn.Module):
     """Halve height and width by a strided convolution, padded right and below, as LDM does."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -89,16 +80,13 @@ class Downsample(nn.Module):
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-
 def upsample(channels):
     """Double height and width: repeat, then convolve (a transposed one leaves a chequerboard)."""
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
 
-
 def middle(width, g):
     """The part between encoder levels and latent, and again between latent and decoder levels."""
     return [ResBlock(width, width, g), AttentionBlock(width, g), ResBlock(width, width, g)]
-
 
 # ---- The codebook --------------------------------------------------------------------------------
 
@@ -108,7 +96,6 @@ class Codebook(nn.Module):
     A code that is never nearest gets no gradient, so a codebook easily collapses to a few used
     entries. `restart` cures that: codes that nobody used lately move onto latents of the batch.
     """
-
     def __init__(self, size, dim):
         super().__init__()
         self.codes = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
@@ -137,7 +124,6 @@ class Codebook(nn.Module):
         self.codes[unused] = flat[pick][unused]
         self.uses.zero_()
 
-
 # ---- Autoencoder and discriminator ---------------------------------------------------------------
 
 class VQGAN(nn.Module):
@@ -154,7 +140,6 @@ class VQGAN(nn.Module):
             folding). Convolutions at full resolution are most of a small VQ-GAN's cost.
         group_channels: least channels in a group of GroupNorm (see norm_silu; LDM: 1).
     """
-
     def __init__(self, channels=32, multipliers=(1, 2, 4), res_blocks=2, z_channels=3,
                  codebook_size=2048, patch=1, group_channels=8):
         super().__init__()
@@ -227,10 +212,8 @@ class VQGAN(nn.Module):
         drawn = torch.cat([self.reconstruct(x) for x in images.split(128)])  # (n, 3, H, W)
         return psnr(images, drawn)
 
-
 class PatchDiscriminator(nn.Module):
     """Judges overlapping patches as real or drawn: (B, 3, 64, 64) -> logits (B, 1, 6, 6)."""
-
     def __init__(self, width=64):
         super().__init__()
         layers = [
@@ -245,7 +228,6 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x):
         return self.net(x)
-
 
 # ---- Losses --------------------------------------------------------------------------------------
 # LDM, and the paper's released configuration, add a perceptual loss (LPIPS), whose VGG weights are
@@ -281,18 +263,15 @@ def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment=0.25):
         row["disc_loss"] = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + drawn).mean())
     return loss, row
 
-
 def psnr(images, drawn):
     """Mean over images uint8 (B, 3, H, W) of 10 log10(255^2 / mean squared error), in dB."""
     error = (drawn.float() - images.float()).square().mean((1, 2, 3))  # (B,)
     return (10 * torch.log10(255 ** 2 / error)).mean().item()
 
-
 def main():
     """Hand over to train.py, which owns the images, the loop and the checkpoint."""
     sys.argv.insert(1, "--stage1_only")
     runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
-
 
 if __name__ == "__main__":
     main()

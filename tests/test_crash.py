@@ -18,11 +18,12 @@ import torch
 
 import data
 import train
+from conftest import TINY
 
 resource = pytest.importorskip("resource")  # Windows has none, nor fork and SIGKILL
 KILL = signal.SIGKILL
-SMALL = ("--dataset shapes3d --preset tiny --device cpu --fit_images 100 --ddim_steps 1 "
-         "--dyga.k_max 8 --dyga.max_iter 3").split()
+SMALL = TINY + ("--dataset shapes3d --device cpu --fit_images 100 --ddim_steps 1 "
+                "--dyga.k_max 8 --dyga.max_iter 3").split()
 # Three steps of stage 1, four of stage 2, a fit after every second one; both optimisers.
 SHORT = SMALL + "--stage1.images 48 --images 128 --pool_images 64 --optimizer muon".split()
 

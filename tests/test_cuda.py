@@ -10,12 +10,14 @@ from torch.utils._pytree import tree_map
 
 import evaluate
 import train
+from conftest import TINY
 
 # 480 images; two steps of stage 1, two of stage 2, a fit after each.
-TRAIN = ("--dataset shapes3d --source rendered --vary shape,scale,orientation --preset tiny "
-         "--stage1.images 32 --images 64 --pool_images 32 --fit_images 40 --ddim_steps 2 "
-         "--dyga.k_max 4 --dyga.k_init 2 --unet.multipliers 1 --extractor.n_units 3 "
-         "--optimizer muon --select_at 0.5 --unmix_at 0.5").split()
+TRAIN = TINY + (
+    "--dataset shapes3d --source rendered --vary shape,scale,orientation "
+    "--stage1.images 32 --images 64 --pool_images 32 --fit_images 40 --ddim_steps 2 "
+    "--dyga.k_max 4 --dyga.k_init 2 --unet.multipliers 1 --extractor.n_units 3 "
+    "--optimizer muon --select_at 0.5 --unmix_at 0.5").split()
 
 
 class Pretended(torch.Tensor):

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import data
 import dyga
 import evaluate
 import train
+from conftest import TINY as SMALL_RUN
 
 SIZES = [3, 4, 5]
 GRID = np.stack(np.unravel_index(np.arange(60), SIZES), 1)  # (60, 3) the factors of every index
@@ -293,9 +293,8 @@ def test_anchors_of_groups_far_apart_are_pure_and_alignment_raises_their_margin(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The tiny preset with random weights, anchors fitted to its units of a grid of 320 images."""
-    flags = shlex.split(train.PRESETS["tiny"], comments=True)
-    flags += ["--source", "rendered", "--vary", "floor hue,scale,shape"]
+    """Small networks with random weights, anchors fitted to their units of a grid of 320 images."""
+    flags = SMALL_RUN + ["--source", "rendered", "--vary", "floor hue,scale,shape"]
     cfg = vars(train.build_parser().parse_args(flags))
     torch.manual_seed(0)
     model = train.Model(cfg).eval()

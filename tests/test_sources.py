@@ -18,6 +18,7 @@ from PIL import Image
 import data
 import evaluate
 import train
+from conftest import TINY
 
 # The factor sizes of the small versions; CelebA's number of faces.
 SIZES = {"shapes3d": (2, 2, 2, 2, 2, 3), "cars3d": (4, 4, 4), "mpi3d_toy": (2, 2, 2, 2, 2, 2, 2),
@@ -156,7 +157,7 @@ def test_data_train_and_evaluate_run_on_it(tmp_path, capsys, monkeypatch, name, 
     assert main(data, "--dataset", name, *here) == 0
     assert capsys.readouterr() == (said, "")
     every = 5 if name == "cars3d" else 1
-    assert main(train, "--dataset", name, "--preset", "tiny", "--out", out, *here, "--device",
+    assert main(train, *TINY, "--dataset", name, "--out", out, *here, "--device",
                 "cpu", "--stage1.images", 32, "--images", 320, "--pool_images", 64, "--batch", 64,
                 "--fit_images", 48, "--ddim_steps", 2, "--dyga.k_max", 8, "--dyga.max_iter", 3,
                 "--fit_every", every) == 0

@@ -12,9 +12,10 @@ import torch
 
 import data
 import train
+from conftest import TINY
 
-TINY = "--dataset shapes3d --preset tiny --device cpu ".split()
-# A course of a few steps: two fits of the anchors, a selection of units, which are then unmixed.
+# A course of a few steps: two fits of the anchors, a selection of units, which are unmixed.
+TINY = TINY + ["--dataset", "shapes3d", "--device", "cpu"]
 SHORT = TINY + ("--stage1.images 96 --images 320 --pool_images 128 --fit_images 150 --ddim_steps 2 "
                 "--dyga.k_max 8 --dyga.max_iter 5 --select_at 0.5 --unmix_at 0.5").split()
 
@@ -53,7 +54,7 @@ def test_a_run_says_its_choices_and_writes_pictures_and_a_log_of_losses_anchors_
     assert row["images"] == 160 and row["kept"]
     for name in ("model", "average"):
         assert kept(out, name)["extractor.kept"].nonzero().flatten().tolist() == row["kept"]
-    for words in ("rendered twin", "preset tiny", "device cpu", "float32", f"writes to {out}"):
+    for words in ("rendered twin", "preset paper", "device cpu", "float32", f"writes to {out}"):
         assert words in result.stdout
     # Progress comes in plain lines: no terminal here, in which to write one over and over.
     progress = [line for line in result.stderr.split("\n") if "stage 2" in line]
@@ -170,7 +171,7 @@ def test_every_number_of_a_flag_runs_or_is_refused(value, main, monkeypatch, tmp
     ("--extractor.channels 4 4 4 4 4 4", ["--extractor.channels", "halvings"]),
     ("--out run", ["add --resume"]),
     *((f"--out run --resume {flag}", [flag.split()[0].replace("no-", ""), f"began with {held};"])
-      for flag, held in [("--images 640", 320), ("--seed 1", 0), ("--preset laptop", "tiny"),
+      for flag, held in [("--images 640", 320), ("--seed 1", 0), ("--preset laptop", "paper"),
                          ("--vary shape", ""), ("--unet.multipliers 1 4", [1, 2]),
                          ("--no-unet.self_attention", True)])])
 def test_mistakes_and_contradictions_to_a_run_end_in_one_line_exit_code_2_and_nothing_written(
