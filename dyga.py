@@ -49,7 +49,7 @@ class DyGA(nn.Module):
         # keeps what improves the Bayesian information criterion: with k_init 1 it finds the levels
         d_max=8,  # 1 or more: largest d_k. Paper: no limit; a unit is a curve, 8 hold its bends too
         spread=0.5,  # 0 or more: psi; with "always" a cluster is split if samples' mean distance
-        # to its mean exceeds it, in scales (of a whole unit: about root D)
+        # to its mean exceeds it, in scales (a whole unit's own is about root D)
         split_odds=0.5,  # 0 to 1: with "always", chance of any other cluster to be split once
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
         min_fraction=1e-3,  # 0 to 1: clusters of a smaller share of the samples are dropped
@@ -175,7 +175,7 @@ class DyGA(nn.Module):
     def select_anchors(self, x, generator):
         """Algorithm 2 for one unit: x (n, D), normalised. Returns a Mixture; adds to self.report.
         An anchor disappears in three ways: EM leaves its component no samples (m_step); a split
-        puts two in its place; its cluster is too small, and filtered. And every fit begins anew."""
+        puts two in its place; its cluster is too small, and filtered. (Each fit begins anew.)"""
         anchors = {}  # how many after each step, for the report
         # Initialise. HDDC: E-step, M-step, update subspaces, at most max_iter times.
         m = m_step(x, plus_plus(x, self.k_init, generator), 1, self.d_max)

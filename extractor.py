@@ -76,7 +76,7 @@ class Extractor(nn.Module):
         self.unit_mlp = nn.Sequential(*layers if unit_relu else layers[:-1])
         self.unit_line = UnitLinear(n_units, 1, unit_dim) if unit_line else None
         self.fsq = FSQ(unit_dim, fsq_levels) if fsq_levels else nn.Identity()
-        # Beyond the paper: which units are not silenced for good (dyga.py, informative_units).
+        # Beyond the paper: False where a unit is silenced for good (dyga.py, informative_units).
         self.register_buffer("kept", torch.ones(n_units, dtype=torch.bool))
 
     def scalars(self, x):
@@ -85,8 +85,9 @@ class Extractor(nn.Module):
         s = self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
         return s * self.kept  # a silenced unit stays in the set, and says the same of all images
 
-    def turn(self, turn, mean):
-        """Kept scalars s (B, U) become mean + turn (s - mean), for good: turn (U, U), mean (U,)."""
+    @torch.no_grad()
+    def turn_scalars(self, turn, mean):
+        """The U kept scalars s become mean + turn (s - mean), for good. turn (U, U), mean (U,)."""
         layer = self.to_scalars[-1]
         layer.weight[self.kept] = turn @ layer.weight[self.kept]
         layer.bias[self.kept] = mean + turn @ (layer.bias[self.kept] - mean)

@@ -55,10 +55,11 @@ PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is,
 PRESETS = {
     "paper": "",
     "laptop": """
-    # For a laptop's CPU: the paper's method and two additions (unit_line, select_at). Most of what
-    # differs saves time; README.md has a table. On latents of 16x16 a U-Net would cost four times
-    # as much. Patches, on one level, leave time for width. Four channels and a squared error gave
-    # sharper pictures than three and L1. A discriminator would double the time of a step.
+    # For a laptop's CPU: the paper's method and four additions (unit_line, v_weight, select_at,
+    # unmix_at). Most of what else differs saves time; README.md has a table. On latents of 16x16 a
+    # U-Net would cost four times as much. One level of 8x8 patches, without residual blocks, leaves
+    # time for width. Four channels and a squared error gave sharper pictures than three and L1. A
+    # discriminator would double the time of a step.
     --vqgan.patch 8 --vqgan.multipliers 1 --vqgan.res_blocks 0 --vqgan.channels 96
     --vqgan.z_channels 4 --stage1.disc_weight 0 --stage1.loss mse --stage1.lr 6e-3
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
@@ -81,10 +82,11 @@ PRESETS = {
     # Batches of 32 learn more from an image, but take a third longer for it. We have not searched
     # for better rates, warm-up, decay and clipping.
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: redundant units are silenced (dyga.py, informative_units). A few stay at
-    # first, as what is silenced is lost; the rest goes when the kept ones have had time to change.
-    # Then those that mix two factors are turned (unmix_units), and again when they are precise.
-    --select_at 0.5 0.65 --select_least 0.2 0.3 --unmix_at 0.65 0.8
+    # Beyond the paper: redundant units are silenced (dyga.py, informative_units), twice. The first
+    # selection asks for less (select_least), as what is silenced is lost; the second comes when
+    # the kept ones have changed. Then units that mix two factors are turned (unmix_units), and once
+    # more when they are precise.
+    --select_at 0.5 0.65 --unmix_at 0.65 0.8
 
     # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
     # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
@@ -238,7 +240,10 @@ def train_stage2(run):
 def scalars_of(run):
     """The averaged weights' scalars of the images that anchors are fitted to, (n, N)."""
     s = [run.average.extractor.scalars(to_float(run.ds.images(i))) for i in run.fit_idx.split(500)]
-    return torch.cat(s)
+    s = torch.cat(s)
+    if run.world > 1:
+        dist.broadcast(s, 0)  # so that all processes come to the same conclusion
+    return s
 
 def select_units(run, seen, least):
     """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
@@ -250,25 +255,26 @@ def select_units(run, seen, least):
 
 @torch.no_grad()
 def unmix_units(run, seen):
-    """Beyond the paper: turn the kept scalars until they are independent, by FastICA (Hyvarinen).
+    """Beyond the paper: make kept scalars as independent as a linear map can (FastICA; Hyvarinen).
 
     Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
     The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
-    themselves. So the least Gaussian directions are taken for factors. Each becomes the unit that
-    it resembles most, with that unit's mean and deviation. Mixtures of less than 0.1 are left as
-    they are.
-    """
+    themselves. So the least Gaussian directions are taken for factors. They are matched to units by
+    largest total weight, and take over a unit's mean and deviation. Weights up to 0.1 (of scalars
+    standardised, in a direction of length 1) are dropped: noise. Private MLPs and U-Net stay, and
+    learn to read the new scalars; so do anchors, at their next fit."""
     kept = run.average.extractor.kept  # (N,)
     s = scalars_of(run)[:, kept]  # (n, U)
     mean, sd = s.mean(0), s.std(0)  # (U,)
     x = (s - mean) / sd  # (n, U)
     ica = FastICA(whiten="unit-variance", max_iter=1000, random_state=0).fit(x.cpu())
     turn = F.normalize(torch.from_numpy(ica.components_).to(x))  # (U, U), a row a direction
-    turn = turn[linear_sum_assignment(-turn.T.abs().cpu())[1]]  # row u is unit u's
-    turn = turn * turn.diagonal().sign()[:, None] * (turn.abs() > 0.1)
+    turn = turn[linear_sum_assignment(-turn.T.abs().cpu())[1]]  # row u becomes unit u
+    turn = turn * turn.diagonal().sign()[:, None]  # its sign as before
+    turn = turn * (turn.abs() > 0.1)
     turn = turn * (sd / (x @ turn.T).std(0))[:, None] / sd  # of scalars as they are
-    run.model.extractor.turn(turn, mean)
-    run.average.extractor.turn(turn, mean)
+    run.model.extractor.turn_scalars(turn, mean)
+    run.average.extractor.turn_scalars(turn, mean)
     run.log(turn=turn.tolist(), images=seen)
 
 def fit_anchors(run, model, seen):
@@ -327,8 +333,8 @@ class Run:
         order = torch.randperm(len(self.ds), generator=generator).to(device)
         self.fit_idx = order[:cfg["fit_images"]]
         self.pool = order[:min(cfg["pool_images"], cfg["images"])]  # no more than will be seen
-        # AdamW's averages: LDM's short ones where the loss moves with the discriminator. Weight
-        # decay, 0.01 in stage 2, is torch's and LDM's default; the paper names none.
+        # AdamW's averages: LDM's short ones where the loss moves with the discriminator. Its weight
+        # decay, 0.01 in stage 2, is torch's and LDM's default; the paper names none. Muon has none.
         betas = (0.5, 0.9) if self.disc else (0.9, 0.99)
         net, vqgan = self.model, self.model.vqgan
         others = [vqgan.codebook, self.disc] if self.disc else [vqgan.codebook]
@@ -373,7 +379,8 @@ class Run:
         self.rows = []
         if not math.isfinite(sum(means.values())):
             raise UserError(f"stage {self.stage}, image {self.seen[self.stage]:,}: not finite: "
-                            f"{means}; start again with a lower --lr or --stage1.lr")
+                            f"{means}; start again with a lower --lr or --stage1.lr; the last "
+                            f"good state, if any, is in {self.ckpt_path}")
         self.log(**means)
         self.bar.set_postfix(means, refresh=False)
 
@@ -511,10 +518,10 @@ decay                  0.0        0..1       last share of the course in which i
 clip                   0.0        0..1e6     largest gradient norm; 0 does not clip
 loss                   'l1'       l1|mse     of eps^ - eps (equation 2 names none; released: l1)
 t_sampling             'uniform'  uniform|logit_normal      how t is drawn in training
-v_weight               0.0        0..2       weight of noisy times at the end (see diffusion_loss)
+v_weight               0.0        0..2       0: error of eps; 1, with mse: grows into that of v
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.2,0.3    0..1e6     and for each of these, `least` of informative_units
-unmix_at               0.0,       0..1       make kept scalars independent at these; 0: never
+select_least           0.2,0.3    0..1e6     one for each of these: `least` of informative_units
+unmix_at               0.0,       0..1       make kept scalars independent at these shares; 0: never
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
@@ -638,6 +645,8 @@ def check_settings(cfg, world):
     ]:
         if found % factor:
             raise UserError(f"{what}: found {found}, expected a multiple of {factor}")
+    if len(cfg["select_at"]) > len(cfg["select_least"]):
+        raise UserError(f"--select_least {cfg['select_least']}: expected one for each --select_at")
 
 # ---- The machine ---------------------------------------------------------------------------------
 

@@ -267,8 +267,9 @@ def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"
     the noisy latent shows everything, near T almost nothing can be told.
     v_weight: time t counts alpha_bar_t^-v_weight. 0, the paper's, is the error of eps, and 1 (with
     mse) that of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z0 (Salimans & Ho 2022). In eps the
-    noisiest times hardly count: there an error of z0 is multiplied by alpha_bar / (1 - alpha_bar).
-    But only there is a unit asked WHICH hue it is: elsewhere z_t shows it, once roughly told."""
+    noisiest times hardly count: its squared error is alpha_bar / (1 - alpha_bar) times that of z0.
+    But only there a unit is asked WHICH hue it is: at others z_t shows it to whoever knows it
+    roughly. (train.py lets v_weight grow, so its losses early and late do not compare.)"""
     B, T = len(z0), len(alpha_bar)
     if t_sampling == "uniform":
         t = torch.randint(T, (B,), device=z0.device)
@@ -343,7 +344,7 @@ class Muon(torch.optim.Optimizer):
     Every direction in which a layer can learn gets a step of the same size, while AdamW's steps
     follow the few directions of large gradients. Small but telling ones, such as those of an
     object's shape beside the hues', are learnt early that way. Steps are scaled to the usual size
-    of AdamW's (Liu et al. 2025), which has the weights of one dimension: one learning rate serves
+    of AdamW's (Liu et al. 2025), which keeps one-dimensional weights: one learning rate serves
     both. Paper: names no optimiser; the code that it builds on has AdamW, as the paper preset."""
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))

@@ -110,7 +110,7 @@ def whole(tmp_path_factory):
      "error: .*cannot be written.*File too large", (2, 32)),
     ((train, "diffusion_loss", 3, lambda *inputs: inputs[2].register_hook(lambda x: x * math.nan)),
      2, "error: stage 2, image 96.*'grad_norm': nan.* --lr .*ckpt.pt", (2, 64)),
-    ((train.Model, "units", 1, lambda model, _: model.extractor.to_scalars[-1].bias.fill_(
+    ((train.Model, "units", 1, lambda model, _: model.extractor.to_scalars[-1].bias.data.fill_(
         math.nan)), 2, "error: units are not finite.*--lr", (2, 32))],
     ids="stage1 checkpoint log SIGINT SIGTERM disk nan-gradient nan-units".split())
 def test_a_run_killed_stopped_out_of_disk_or_not_finite_resumes_and_ends_like_one_that_was_not(
@@ -189,7 +189,8 @@ def test_a_checkpoint_with_a_wrong_part_is_refused_in_one_line(
 def test_two_processes_learn_as_one_does_one_of_them_writes_and_none_waits_for_one_that_dies(
         tmp_path):
     one, two, dying = (tmp_path / name for name in ("one", "two", "dying"))
-    flags = SMALL + "--stage1.images 16 --images 1280 --pool_images 640".split()
+    flags = SMALL + ("--stage1.images 16 --images 1280 --pool_images 640 "
+                     "--select_at 0.5 --unmix_at 0.5").split()
     assert run(two, *flags, processes=2) == [0, 0], said(two)
     assert said(two, rank=1) == ""  # one process speaks
     assert run(one, *flags) == [0], said(one)

@@ -202,11 +202,11 @@ def test_two_numbers_at_an_angle_on_two_units_are_turned_apart_and_keep_mean_and
     layer.weight.data = torch.tensor(mixed)
     extractor = SimpleNamespace(kept=torch.tensor([True, False, True, True]), scalars=layer,
                                 to_scalars=[layer])
+    extractor.turn_scalars = train.Extractor.turn_scalars.__get__(extractor)
     run = SimpleNamespace(
-        cfg={"seed": 0}, fit_idx=torch.arange(3000), log=lambda **row: None,
-        ds=SimpleNamespace(images=images.__getitem__), model=SimpleNamespace(
-            extractor=SimpleNamespace(to_scalars=[torch.nn.Linear(3, 4)])),
-        average=SimpleNamespace(extractor=extractor))
+        world=1, fit_idx=torch.arange(3000), log=lambda **row: None,
+        ds=SimpleNamespace(images=images.__getitem__), average=SimpleNamespace(extractor=extractor),
+        model=SimpleNamespace(extractor=SimpleNamespace(turn_scalars=lambda turn, mean: None)))
     before = train.scalars_of(run).detach()
     train.unmix_units(run, 0)
     after = train.scalars_of(run).detach()
