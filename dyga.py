@@ -378,7 +378,7 @@ def informative_units(s, least, most=0.3, bins=20):
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
     asks for fewer. So units are taken one by one (forward selection), of the largest added *
-    (1 - depends) first, and kept if they add enough for what was known of them:
+    (1 - depends) * contrast first, and kept if they add enough for what was known of them:
 
         added * (1 - (depends / most)^2) >= least * known
         added    its gain in the share of all scalars' variance that is explained (scalars are not
@@ -387,13 +387,18 @@ def informative_units(s, least, most=0.3, bins=20):
                  By chance about U * bins / n (U are kept): what adds next to nothing goes, too
         depends  of |s - its prediction from those|, the share of variance that those explain: of
                  the sine of a hue, its cosine predicts the size only, and it is no new factor
+        contrast the root of how much larger than a Gaussian's its mean log cosh is (FastICA's
+                 measure). Mixtures of factors are more Gaussian than factors, and come later: of x,
+                 y and x + y, where the sum varies most, the sum alone would be kept
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
-    `bins` steps), since two readings of one colour need not correlate. We know one failure: of x, y
-    and x + y, where the sum varies most, only the sum is kept."""
+    `bins` steps), since two readings of one colour need not correlate."""
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
+    x = s / s.std(0)
+    # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
+    contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).clamp(min=0).sqrt()  # (N,)
 
     def predict(y, units):
         """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
@@ -414,7 +419,7 @@ def informative_units(s, least, most=0.3, bins=20):
         depends = explained(size, kept, dim=0)  # (N,)
         before = explained(s, kept)
         added = {u: explained(s, [*kept, u]) - before for u in candidates}
-        best = max(candidates, key=lambda u: added[u] * (1 - depends[u]))
+        best = max(candidates, key=lambda u: added[u] * (1 - depends[u]) * contrast[u])
         candidates.remove(best)  # also if redundant: its case hardly improves later
         known = explained(steps[:, best], kept)
         if added[best] * (1 - (depends[best] / most) ** 2) >= least * known:

@@ -85,9 +85,8 @@ class Extractor(nn.Module):
         s = self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
         return s * self.kept  # a silenced unit stays in the set, and says the same of all images
 
-    @torch.no_grad()
     def turn_scalars(self, turn, mean):
-        """The U kept scalars s become mean + turn (s - mean), for good. turn (U, U), mean (U,)."""
+        """The kept scalars s become mean + turn (s - mean). turn (U, U), mean (U,), no_grad."""
         layer = self.to_scalars[-1]
         layer.weight[self.kept] = turn @ layer.weight[self.kept]
         layer.bias[self.kept] = mean + turn @ (layer.bias[self.kept] - mean)
