@@ -389,7 +389,8 @@ def informative_units(s, least, most=0.3, bins=20):
                  the sine of a hue, its cosine predicts the size only, and it is no new factor
         contrast the root of how much larger than a Gaussian's its mean log cosh is (FastICA's
                  measure). Mixtures of factors are more Gaussian than factors, and come later: of x,
-                 y and x + y, where the sum varies most, the sum alone would be kept
+                 y and x + y, where the sum varies most, the sum alone would be kept. It is 1 once
+                 some are silent: then what is a mixture can be far from Gaussian, too
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate."""
@@ -399,6 +400,8 @@ def informative_units(s, least, most=0.3, bins=20):
     x = s / s.std(0)
     # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
     contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).clamp(min=0).sqrt()  # (N,)
+    if not s.any(0).all():
+        contrast = torch.ones_like(contrast)  # not the first selection
 
     def predict(y, units):
         """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
