@@ -6,7 +6,6 @@ import shutil
 import tarfile
 import tracemalloc
 import zipfile
-from pathlib import Path
 
 import h5py
 import numpy as np
