@@ -387,10 +387,9 @@ def informative_units(s, least, most=0.3, bins=20):
                  By chance about U * bins / n (U are kept): what adds next to nothing goes, too
         depends  of |s - its prediction from those|, the share of variance that those explain: of
                  the sine of a hue, its cosine predicts the size only, and it is no new factor
-        contrast the root of how much larger than a Gaussian's its mean log cosh is (FastICA's
-                 measure). Mixtures of factors are more Gaussian than factors, and come later: of x,
-                 y and x + y, where the sum varies most, the sum alone would be kept. It is 1 once
-                 some are silent: then what is a mixture can be far from Gaussian, too
+        contrast how much larger than a Gaussian's its mean log cosh is (FastICA's measure), to the
+                 power 1/4. Mixtures of factors are more Gaussian than factors, and come later: of
+                 x, y and x + y, where the sum varies most, the sum alone would be kept
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate."""
@@ -399,9 +398,7 @@ def informative_units(s, least, most=0.3, bins=20):
     s = s - s.mean(0)
     x = s / s.std(0)
     # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
-    contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).clamp(min=0).sqrt()  # (N,)
-    if not s.any(0).all():
-        contrast = torch.ones_like(contrast)  # not the first selection
+    contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).clamp(min=0) ** 0.25  # (N,)
 
     def predict(y, units):
         """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
