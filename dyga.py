@@ -388,8 +388,8 @@ def informative_units(s, least, most=0.3, bins=20):
         depends  of |s - its prediction from those|, the share of variance that those explain: of
                  the sine of a hue, its cosine predicts the size only, and it is no new factor
         contrast how much larger than a Gaussian's its mean log cosh is (FastICA's measure), to the
-                 power 1/4. Mixtures of factors are more Gaussian than factors, and come later: of
-                 x, y and x + y, where the sum varies most, the sum alone would be kept
+                 power 1/4. Mixtures of factors are more Gaussian than factors, so they come later:
+                 of x, y and a small x + y, the sum explains most, and would keep x or y out
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate."""

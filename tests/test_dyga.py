@@ -281,7 +281,7 @@ def test_the_sine_of_a_hue_is_redundant_beside_its_cosine_though_none_predicts_t
     assert informative_units(s, least=0.5, most=1) == [0, 1, 2]
 
 
-def test_of_two_factors_and_their_sum_the_factors_are_kept_though_the_sum_varies_most():
+def test_of_two_factors_and_their_sum_the_factors_are_kept_though_the_sum_explains_most():
     s = torch.rand(4_000, 3, generator=torch.Generator().manual_seed(0))
-    s[:, 2] = 1.1 * (s[:, 0] + s[:, 1])  # more Gaussian than either, so it comes last
+    s[:, 2] = 0.4 * (s[:, 0] + s[:, 1])  # more Gaussian than either, so it comes last
     assert informative_units(s, least=0.35) == [0, 1]
