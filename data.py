@@ -59,8 +59,7 @@ DATASETS = {
 def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     """Open a Dataset. UserError: files missing, damaged or impossible to convert; no such factors.
     source, of shapes3d: "official" (its file), "rendered" (the twin), "auto" (the twin if no file).
-    vary: "NAME,NAME", some of a grid's factors; the others are held at the middle of their values.
-    """
+    vary: "NAME,NAME", some of a grid's factors; the others stay at the middle of theirs."""
     if source == "rendered" and dataset != "shapes3d":
         raise UserError(f"no rendered images of {dataset}, only of shapes3d: choose auto")
     facts = DATASETS[dataset]

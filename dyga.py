@@ -52,7 +52,6 @@ class DyGA(nn.Module):
         # to its mean exceeds it, in scales (a whole unit's own is about root D)
         split_odds=0.5,  # 0 to 1: with "always", chance of any other cluster to be split once
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
-        min_fraction=1e-3,  # 0 to 1: clusters of a smaller share of the samples are dropped
         tol=1e-4,  # 0 or more: EM ends when the mean log-likelihood rises by no more than this
     ):
         super().__init__()
@@ -67,7 +66,6 @@ class DyGA(nn.Module):
         self.spread = spread
         self.split_odds = split_odds
         self.min_samples = min_samples
-        self.min_fraction = min_fraction
         self.tol = tol
         # Buffers move with .to(device) and travel in the checkpoint. Their shapes never change: a
         # unit has K = k_max slots, and mask says which of them hold an anchor.
@@ -206,7 +204,7 @@ class DyGA(nn.Module):
         anchors["split"] = len(m.mu)
         # Remove small Gaussians: their samples are outliers. The largest always stays.
         sizes = [len(part) for part in clusters(x, m)[0]]
-        least = min(max(self.min_samples, self.min_fraction * len(x)), max(sizes))
+        least = min(self.min_samples, max(sizes))
         m = m.of([k for k, size in enumerate(sizes) if size >= least])
         anchors["filter"] = len(m.mu)
         m, last = em(x, m, self.max_iter, self.tol, self.d_max)

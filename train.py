@@ -294,8 +294,7 @@ def fit_anchors(run, model, seen):
 def make_optimizers(cfg, networks, others, betas, weight_decay):
     """A list of one optimiser or two. Muon has what has two or more dimensions in `networks`.
 
-    `others` are never Muon's: a codebook is a table of points, not a map between spaces.
-    """
+    `others` are never Muon's: a codebook is a table of points, not a map between spaces."""
     adamw, muon = [*torch.nn.ModuleList(others).parameters()], []
     for p in torch.nn.ModuleList(networks).parameters():
         chosen = muon if cfg["optimizer"] == "muon" and p.ndim > 1 else adamw

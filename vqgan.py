@@ -37,8 +37,7 @@ def norm_silu(channels, group_channels):
 
     LDM has 32 groups, in networks of 128 channels and more. At Table 7's 32 channels, 32 groups
     would normalise every channel by itself, and with its mean goes the very thing that tells a red
-    wall from a blue one. So a group has at least `group_channels` channels here.
-    """
+    wall from a blue one. So a group has at least `group_channels` channels here."""
     groups = math.gcd(32, channels, channels // group_channels)
     return nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU())
 
@@ -94,8 +93,7 @@ class Codebook(nn.Module):
     """K vectors; `forward` replaces each latent vector by its nearest (van den Oord et al. 2017).
 
     A code that is never nearest gets no gradient, so a codebook easily collapses to a few used
-    entries. `restart` cures that: codes that nobody used lately move onto latents of the batch.
-    """
+    entries. `restart` cures that: codes that nobody used lately move onto latents of the batch."""
     def __init__(self, size, dim):
         super().__init__()
         self.codes = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
@@ -138,8 +136,7 @@ class VQGAN(nn.Module):
         codebook_size: K ("number of embeddings").
         patch: fold patch x patch pixels into channels first, unfold them last (paper: 1, no
             folding). Convolutions at full resolution are most of a small VQ-GAN's cost.
-        group_channels: least channels in a group of GroupNorm (see norm_silu; LDM: 1).
-    """
+        group_channels: least channels in a group of GroupNorm (see norm_silu; LDM: 1)."""
     def __init__(self, channels=32, multipliers=(1, 2, 4), res_blocks=2, z_channels=3,
                  codebook_size=2048, patch=1, group_channels=8):
         super().__init__()
@@ -238,8 +235,7 @@ def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment=0.25):
 
     kind: "l1", LDM's, or "mse", four times the squared error (about as large as L1 early on), which
     cares most for the few pixels that are far off, those at edges. disc: a PatchDiscriminator, or
-    None. The dict has 0-dim tensors; disc_loss, if any, trains the discriminator.
-    """
+    None. The dict has 0-dim tensors; disc_loss, if any, trains the discriminator."""
     z_q, codebook_loss, commitment_loss = vqgan.codebook(vqgan.encoder(x))
     x_hat = vqgan.decoder(z_q)  # (B, 3, H, W)
     mse = F.mse_loss(x_hat, x)
