@@ -375,19 +375,19 @@ def informative_units(s, least, most=0.3, bins=20):
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
-    asks for fewer. So units are taken one by one (forward selection), of the largest added *
-    (1 - depends) * contrast first, and kept if they add enough for what was known of them:
+    asks for fewer. So units are taken one by one (forward selection), of the largest gain *
+    (1 - depends) first, and kept if they gain enough for what was known of them:
 
-        added * (1 - (depends / most)^2) >= least * known
-        added    its gain in the share of all scalars' variance that is explained (scalars are not
-                 standardised: large ones count more)
+        gain * (1 - (depends / most)^2) >= least * known
+        gain     what it adds to the share of all scalars' variance that is explained (scalars are
+                 not standardised: large ones count more), times its contrast
+        contrast how far its mean log cosh is from a Gaussian's (FastICA's measure), to the power
+                 1/4. Mixtures of factors are more Gaussian than factors: of x, y and a small x + y,
+                 the sum explains most, and would keep x or y out
         known    the share of its own step functions that those kept before explain: 1 for a copy.
                  By chance about U * bins / n (U are kept): what adds next to nothing goes, too
         depends  of |s - its prediction from those|, the share of variance that those explain: of
                  the sine of a hue, its cosine predicts the size only, and it is no new factor
-        contrast how much larger than a Gaussian's its mean log cosh is (FastICA's measure), to the
-                 power 1/4. Mixtures of factors are more Gaussian than factors, so they come later:
-                 of x, y and a small x + y, the sum explains most, and would keep x or y out
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate."""
@@ -396,7 +396,7 @@ def informative_units(s, least, most=0.3, bins=20):
     s = s - s.mean(0)
     x = s / s.std(0)
     # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
-    contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).clamp(min=0) ** 0.25  # (N,)
+    contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).abs() ** 0.25  # (N,)
 
     def predict(y, units):
         """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
@@ -416,11 +416,11 @@ def informative_units(s, least, most=0.3, bins=20):
         size = size - size.mean(0)
         depends = explained(size, kept, dim=0)  # (N,)
         before = explained(s, kept)
-        added = {u: explained(s, [*kept, u]) - before for u in candidates}
-        best = max(candidates, key=lambda u: added[u] * (1 - depends[u]) * contrast[u])
+        gain = {u: (explained(s, [*kept, u]) - before) * contrast[u] for u in candidates}
+        best = max(candidates, key=lambda u: gain[u] * (1 - depends[u]))
         candidates.remove(best)  # also if redundant: its case hardly improves later
         known = explained(steps[:, best], kept)
-        if added[best] * (1 - (depends[best] / most) ** 2) >= least * known:
+        if gain[best] * (1 - (depends[best] / most) ** 2) >= least * known:
             kept.append(best)
     return sorted(kept)
 

@@ -82,11 +82,10 @@ PRESETS = {
     # Batches of 32 learn more from an image, but take a third longer for it. We have not searched
     # for better rates, warm-up, decay and clipping.
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: redundant units are silenced (dyga.py, informative_units), twice. The first
-    # selection asks for less (select_least), as what is silenced is lost; the second comes when
-    # the kept ones have changed. Then units that mix two factors are turned (unmix_units), and once
-    # more when they are precise.
-    --select_at 0.5 0.65 --unmix_at 0.65 0.8
+    # Beyond the paper: redundant units are silenced (dyga.py, informative_units), twice, as the
+    # kept ones change. Each time those that mix two factors are turned (unmix_units), and once more
+    # when they are precise.
+    --select_at 0.5 0.65 --unmix_at 0.5 0.65 0.8
 
     # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
     # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
@@ -101,7 +100,7 @@ PRESETS["minute"] = PRESETS["laptop"] + """
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
     --extractor.unit_hidden 64 64 --unet.groups 16 --unet.multipliers 1 --unet.attention_at 1
     --batch 32 --warmup 1600 --images 56000 --pool_images 1000 --fit_images 1000 --fit_every 6
-    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75 --select_least 0.35 0.35
+    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75
     --unmix_at 0
 """
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
@@ -223,9 +222,8 @@ def train_stage2(run):
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
-        for share, least in zip(cfg["select_at"], cfg["select_least"]):
-            if now < share * total <= seen:
-                select_units(run, seen, least)
+        if any(now < share * total <= seen for share in cfg["select_at"]):
+            select_units(run, seen)
         if any(now < share * total <= seen for share in cfg["unmix_at"]):
             unmix_units(run, seen)
         if seen // fit_every > now // fit_every:
@@ -246,9 +244,9 @@ def scalars_of(run):
         dist.broadcast(s, 0)  # so that all processes come to the same conclusion
     return s
 
-def select_units(run, seen, least):
+def select_units(run, seen):
     """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
-    kept = informative_units(scalars_of(run), least)
+    kept = informative_units(scalars_of(run), run.cfg["select_least"])
     for model in (run.model, run.average):
         model.extractor.kept.zero_()
         model.extractor.kept[kept] = True
@@ -520,7 +518,7 @@ loss                   'l1'       l1|mse     of eps^ - eps (equation 2 names non
 t_sampling             'uniform'  uniform|logit_normal      how t is drawn in training
 v_weight               0.0        0..2       0: error of eps; 1, with mse: grows into that of v
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.2,0.3    0..1e6     one for each of these: `least` of informative_units
+select_least           0.08       0..1e6     `least` of informative_units
 unmix_at               0.0,       0..1       make kept scalars independent at these shares; 0: never
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
@@ -645,8 +643,6 @@ def check_settings(cfg, world):
     ]:
         if found % factor:
             raise UserError(f"{what}: found {found}, expected a multiple of {factor}")
-    if len(cfg["select_at"]) > len(cfg["select_least"]):
-        raise UserError(f"--select_least {cfg['select_least']}: expected one for each --select_at")
 
 # ---- The machine ---------------------------------------------------------------------------------
 
