@@ -32,14 +32,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
-from sklearn.decomposition import FastICA
 from tqdm import tqdm
 
 import data
 from data import UserError
-from dyga import DyGA, informative_units
+from dyga import DyGA, informative_units, unmixing
 from extractor import Extractor
 from unet import Muon, UNet, alpha_bar_schedule, ddim, diffusion_loss, ema_update
 from vqgan import VQGAN, PatchDiscriminator, stage1_losses, to_float
@@ -254,26 +251,12 @@ def select_units(run, seen):
 
 @torch.no_grad()
 def unmix_units(run, seen):
-    """Beyond the paper: make kept scalars as independent as a linear map can (FastICA; Hyvarinen).
-
-    Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
-    The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
-    themselves. So the least Gaussian directions are taken for factors. They are matched to units by
-    largest total weight, and take over a unit's mean and deviation. Weights up to 0.1 (of scalars
-    standardised, in a direction of length 1) are dropped: noise. Private MLPs and U-Net stay, and
-    learn to read the new scalars; so do anchors, at their next fit."""
-    kept = run.average.extractor.kept  # (N,)
-    s = scalars_of(run)[:, kept]  # (n, U)
-    mean, sd = s.mean(0), s.std(0)  # (U,)
-    x = (s - mean) / sd  # (n, U)
-    ica = FastICA(whiten="unit-variance", max_iter=1000, random_state=0).fit(x.cpu())
-    turn = F.normalize(torch.from_numpy(ica.components_).to(x))  # (U, U), a row a direction
-    turn = turn[linear_sum_assignment(-turn.T.abs().cpu())[1]]  # row u becomes unit u
-    turn = turn * turn.diagonal().sign()[:, None]  # its sign as before
-    turn = turn * (turn.abs() > 0.1)
-    turn = turn * (sd / (x @ turn.T).std(0))[:, None] / sd  # of scalars as they are
-    run.model.extractor.turn_scalars(turn, mean)
-    run.average.extractor.turn_scalars(turn, mean)
+    """Beyond the paper: turn kept units that mix factors. Private MLPs and U-Net stay, and learn to
+    read the new scalars; so do anchors, at their next fit."""
+    s = scalars_of(run)[:, run.average.extractor.kept]  # (n, U)
+    turn = unmixing(s.cpu()).to(s)  # (U, U)
+    for model in (run.model, run.average):
+        model.extractor.turn_scalars(turn, s.mean(0))
     run.log(turn=turn.tolist(), images=seen)
 
 def fit_anchors(run, model, seen):

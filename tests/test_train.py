@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,26 +192,3 @@ def test_components_never_import_each_other():
         source = Path(train.__file__).with_name(f"{name}.py").read_text()
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
         assert "torch" in imported and not imported & (parts | {"train", "evaluate"}), name
-
-
-def test_two_numbers_at_an_angle_on_two_units_are_turned_apart_and_keep_mean_and_deviation():
-    torch.manual_seed(0)
-    images = torch.randint(256, (3000, 3)).byte()  # three independent numbers
-    layer = torch.nn.Linear(3, 4)
-    mixed = [[1.0, 1, 0], [0, 0, 0], [1.5, -1, 0], [0, 0.1, 2]]  # unit 3 tells number 2, nearly
-    layer.weight.data = torch.tensor(mixed)
-    extractor = SimpleNamespace(kept=torch.tensor([True, False, True, True]), scalars=layer,
-                                to_scalars=[layer])
-    extractor.turn_scalars = train.Extractor.turn_scalars.__get__(extractor)
-    run = SimpleNamespace(
-        world=1, fit_idx=torch.arange(3000), log=lambda **row: None,
-        ds=SimpleNamespace(images=images.__getitem__), average=SimpleNamespace(extractor=extractor),
-        model=SimpleNamespace(extractor=SimpleNamespace(turn_scalars=lambda turn, mean: None)))
-    before = train.scalars_of(run).detach()
-    train.unmix_units(run, 0)
-    after = train.scalars_of(run).detach()
-    tells = torch.cat([after.T, images.T.float()]).corrcoef()[:4, 4:].abs()  # (units, numbers)
-    assert tells[0, 0] > 0.99 and tells[2, 1] > 0.99 or tells[0, 1] > 0.99 and tells[2, 0] > 0.99
-    assert torch.allclose(after.mean(0), before.mean(0), atol=1e-3)
-    assert torch.allclose(after.std(0), before.std(0), rtol=1e-3)
-    assert torch.allclose(after[:, 1:4:2], before[:, 1:4:2], atol=1e-3)  # silent; nearly unmixed
