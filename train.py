@@ -81,8 +81,8 @@ PRESETS = {
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
     # Beyond the paper: redundant units are silenced (dyga.py, informative_units), twice, as the
     # kept ones change. Those that mix two factors are turned (unmix_units): after the first
-    # selection, before the second, which might take them for redundant, and when they are precise.
-    --select_at 0.5 0.7 --unmix_at 0.5 0.65 0.8
+    # selection, before the second, which else takes them for redundant, and as they drift back.
+    --select_at 0.5 0.7 --unmix_at 0.5 0.65 0.8 0.9
 
     # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
     # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
