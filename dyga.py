@@ -180,7 +180,7 @@ class DyGA(nn.Module):
         anchors["hddc"] = len(m.mu)
         # While there are clusters to split: choose one, split it, fit the halves to its samples.
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
-        chance = torch.rand(self.k_init, generator=generator)  # as many for every unit
+        chance = torch.rand(self.k_init, generator=generator)  # k_init draws, however many are left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
         closed = set()  # tried, and not worth it
         while len(m.mu) < self.k_max:
@@ -259,7 +259,7 @@ class Mixture(NamedTuple):
 
 def measure(x):
     """Centre (D,) and scale of a unit x (n, D), and whether it is live. The farthest 0.1% of
-    samples (at least one) may be outliers: they set neither."""
+    samples may be outliers: they set neither."""
     distance = (x - x.median(0).values).norm(dim=1)  # (n,)
     x = x[distance <= distance.quantile(0.999)].double()
     centre = x.mean(0)
@@ -280,7 +280,7 @@ def cost(x, m, J):
 
     x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
     J: where the sums over j may stop: the largest d_k or more; beyond d_k their terms are 0."""
-    # In a fit a mixture has all D directions, in the buffers d_max; the others have variance b_k.
+    # q holds all D directions in a fit, d_max in the buffers; those left out have variance b_k.
     D, width = m.q.shape[-2:]
     constant = m.a.log().sum(-1) + (D - width) * m.b.log() - 2 * m.log_pi  # (K,)
     constant += D * math.log(2 * math.pi)
@@ -370,7 +370,7 @@ def clusters(x, m):
 # ---- Beyond the paper: which units to keep, and how to part two that mix -------------------------
 
 def informative_units(s, least, most=0.3, bins=20):
-    """Which units are not redundant. s: scalars (n, N), n some thousands -> their indices, sorted.
+    """Which units are not redundant. s: scalars (n, N), n 1,000 or more -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
@@ -383,10 +383,10 @@ def informative_units(s, least, most=0.3, bins=20):
         contrast how far its mean log cosh is from a Gaussian's (FastICA's measure), to the power
                  1/4. Mixtures of factors are more Gaussian than factors: of x, y and a small x + y,
                  the sum explains most, and would keep x or y out
-        known    the share of its own step functions that those kept before explain: 1 for a copy.
-                 By chance about U * bins / n (U are kept): what adds next to nothing goes, too
-        depends  of |s - its prediction from those|, the share of variance that those explain: of
-                 the sine of a hue, its cosine predicts the size only, and it is no new factor
+        known    the share of its step functions that kept units explain: 1 for a copy, by chance
+                 U * bins / n (U are kept): so what adds next to nothing goes, too
+        depends  the share of the variance of |s - prediction by kept units| that they explain: a
+                 hue's cosine predicts only the size of its sine, which still is no new factor
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate."""
@@ -424,13 +424,13 @@ def informative_units(s, least, most=0.3, bins=20):
     return sorted(kept)
 
 def unmixing(s):
-    """Scalars (n, U) -> turn (U, U): mean + turn (s - mean) are as independent as a linear map can
-    make them (FastICA, Hyvarinen 1999), of the same means and deviations.
+    """Scalars (n, U) -> turn (U, U): mean + turn (s - mean) are about as independent as a linear
+    map can make them (FastICA, Hyvarinen 1999), of the same means and deviations.
 
     Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
     The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
     themselves. So the least Gaussian directions are taken for factors. The search starts at the
-    units as they are: a row of turn stays with its unit. Weights up to 0.1 (of standardised
+    units as they are, so that each stays near its own direction. Weights up to 0.1 (of standardised
     scalars, in a direction of length 1) are dropped as noise."""
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)

@@ -39,10 +39,10 @@ class Extractor(nn.Module):
         unit_hidden: widths of the hidden layers of each unit's private MLP.
         shrink: average the image over shrink x shrink pixels first (paper: 1).
         unit_relu: end every MLP in a ReLU, as Table 9 does; the laptop preset does not. About half
-            of a unit's numbers are then 0, and equation 6, which divides by them, hardly moves it.
-        unit_line: beyond the paper, c = MLP(s) + s w + b: MLPs alone often bent a unit into a V;
-            seen along its main direction, one arm's values fall together. Beside a line that is
-            long from the start, bends are small.
+            of a unit's numbers are then 0, where equation 6 hardly moves it (see DyGA.align).
+        unit_line: beyond the paper, c = MLP(s) + s w + b. MLPs alone often bent a unit into a V,
+            one arm of which looks like a point along the main direction. A line that is long from
+            the start keeps bends small.
         fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not."""
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,

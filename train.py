@@ -79,9 +79,9 @@ PRESETS = {
     # Batches of 32 learn more from an image, but take a third longer for it. We have not searched
     # for better rates, warm-up, decay and clipping.
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: redundant units are silenced (dyga.py, informative_units), twice, as the
-    # kept ones change. Those that mix two factors are turned (unmix_units): after the first
-    # selection, before the second, which else takes them for redundant, and as they drift back.
+    # Beyond the paper: redundant units are silenced (select_units), twice, as the kept ones change.
+    # Kept ones are turned until independent (unmix_units): before the second selection, which would
+    # else drop one of a mixed pair, and again later, as they drift back.
     --select_at 0.5 0.7 --unmix_at 0.5 0.65 0.8 0.9
 
     # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
@@ -97,8 +97,7 @@ PRESETS["minute"] = PRESETS["laptop"] + """
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
     --extractor.unit_hidden 64 64 --unet.groups 16 --unet.multipliers 1 --unet.attention_at 1
     --batch 32 --warmup 1600 --images 56000 --pool_images 1000 --fit_images 1000 --fit_every 6
-    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75
-    --unmix_at 0
+    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75 --unmix_at 0
 """
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
@@ -251,8 +250,8 @@ def select_units(run, seen):
 
 @torch.no_grad()
 def unmix_units(run, seen):
-    """Beyond the paper: turn kept units that mix factors. Private MLPs and U-Net stay, and learn to
-    read the new scalars; so do anchors, at their next fit."""
+    """Beyond the paper: part factors that kept units mix. Private MLPs and U-Net stay, and learn to
+    read the new scalars; anchors follow at their next fit."""
     s = scalars_of(run)[:, run.average.extractor.kept]  # (n, U)
     turn = unmixing(s.cpu()).to(s)  # (U, U)
     for model in (run.model, run.average):
@@ -262,7 +261,7 @@ def unmix_units(run, seen):
 def fit_anchors(run, model, seen):
     """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
     if run.rank or not run.cfg["dyga.lam"]:
-        return  # process 0 fits for all; without anchors, or with lambda 0, c~ is c
+        return  # process 0 fits for all; with lambda 0, c~ is c
     model.extractor.eval()  # a unit must not depend on the rest of its batch
     units = torch.cat([model.units(run.ds.images(i)) for i in run.fit_idx.split(500)])  # (n, N, D)
     model.extractor.train(model is run.model)
@@ -501,7 +500,7 @@ loss                   'l1'       l1|mse     of eps^ - eps (equation 2 names non
 t_sampling             'uniform'  uniform|logit_normal      how t is drawn in training
 v_weight               0.0        0..2       0: error of eps; 1, with mse: grows into that of v
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.08       0..1e6     `least` of informative_units
+select_least           0.08       0..1e6     least gain of a kept unit (see informative_units)
 unmix_at               0.0,       0..1       make kept scalars independent at these shares; 0: never
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
