@@ -97,7 +97,7 @@ PRESETS["minute"] = PRESETS["laptop"] + """
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
     --extractor.unit_hidden 64 64 --unet.groups 16 --unet.multipliers 1 --unet.attention_at 1
     --batch 32 --warmup 1600 --images 56000 --pool_images 1000 --fit_images 1000 --fit_every 6
-    --ema_half_life 2000 --ddim_steps 20 --select_at 0.5 0.75 --unmix_at 0
+    --ema_half_life 2000 --ddim_steps 20
 """
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
