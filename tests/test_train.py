@@ -1,10 +1,12 @@
 """Facts about the run: command line, settings, checkpoint, log, determinism, resuming."""
+import copy
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,3 +194,24 @@ def test_components_never_import_each_other():
         source = Path(train.__file__).with_name(f"{name}.py").read_text()
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
         assert "torch" in imported and not imported & (parts | {"train", "evaluate"}), name
+
+
+@torch.no_grad()
+def test_unmixing_turns_the_kept_scalars_of_both_models_alike_and_keeps_mean_and_deviation():
+    torch.manual_seed(0)
+    nets = [train.Extractor(n_units=4, channels=(4, 4), hidden=(8,), shrink=16).eval()]
+    nets.append(copy.deepcopy(nets[0]))
+    nets[0].kept[1] = nets[1].kept[1] = False
+    images = torch.randint(256, (600, 3, 64, 64)).byte()
+    turns = []
+    run = SimpleNamespace(
+        world=1, fit_idx=torch.arange(600), log=lambda **row: turns.append(row["turn"]),
+        ds=SimpleNamespace(images=images.__getitem__),
+        model=SimpleNamespace(extractor=nets[0]), average=SimpleNamespace(extractor=nets[1]))
+    before = train.scalars_of(run)
+    train.unmix_units(run, 0)
+    after = train.scalars_of(run)
+    assert len(turns[0]) == 3 and not torch.allclose(after, before, atol=1e-3)
+    assert torch.allclose(after.mean(0), before.mean(0), atol=1e-3)
+    assert torch.allclose(after.std(0), before.std(0), rtol=1e-2)
+    assert torch.equal(nets[0].to_scalars[-1].weight, nets[1].to_scalars[-1].weight)
