@@ -251,9 +251,9 @@ def select_units(run, seen):
 @torch.no_grad()
 def unmix_units(run, seen):
     """Beyond the paper: part factors that kept units mix. Private MLPs and U-Net stay, and learn to
-    read the new scalars; anchors follow at their next fit."""
+    read the new scalars; anchors stay as they were until their next fit, if there is one."""
     s = scalars_of(run)[:, run.average.extractor.kept]  # (n, U)
-    turn = unmixing(s.cpu()).to(s)  # (U, U)
+    turn = unmixing(s.cpu()).to(s)  # (U, U); too small for a GPU
     for model in (run.model, run.average):
         model.extractor.turn_scalars(turn, s.mean(0))
     run.log(turn=turn.tolist(), images=seen)

@@ -262,15 +262,14 @@ def test_of_two_readings_of_one_hue_one_is_kept_and_a_constant_unit_never_is():
 
 
 def test_a_unit_is_redundant_if_it_adds_little_for_what_was_known_of_it():
-    # The second is the first with odds p = 0.6, else drawn anew. It adds (1 - p^2) / 2 = 0.32 of the
-    # variance of both. Of its step functions the first explains p^2 = 0.36. Contrast of a uniform
-    # number: sqrt(sqrt(1.09449 - 1.06772)) = 0.404. So 0.32 * 0.404 is 0.36 times what was known.
+    # Two uniform numbers; with odds p = 0.6 the second repeats the first. It adds (1 - p^2) / 2 =
+    # 0.32 of the variance of both. The first explains p^2 = 0.36 of its step functions. Contrast
+    # of a uniform number: (1.09449 - 1.06772)^(1/4) = 0.404. And 0.32 * 0.404 / 0.36 is 0.36.
     generator = torch.Generator().manual_seed(0)
     s = torch.rand(20_000, 2, generator=generator)
     s[:, 1] = torch.where(torch.rand(20_000, generator=generator) < 0.6, s[:, 0], s[:, 1])
     assert informative_units(s, least=0.33, most=1e9) == [0, 1]
     assert len(informative_units(s, least=0.39, most=1e9)) == 1
-
 
 
 def test_the_sine_of_a_hue_is_redundant_beside_its_cosine_though_none_predicts_the_other():
