@@ -169,7 +169,6 @@ def rendered(device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of the rendered twin."""
     # float16 and a GPU's TF32 both keep 10 bits of fraction: products are exact on every device.
     maps, palette = weight_maps().to(device, torch.float32), PALETTE.to(device)
-
     def draw(idx):
         *hues, case = torch.unravel_index(idx, (HUES, HUES, HUES, len(maps)))
         sky = torch.full_like(idx, HUES)
@@ -397,7 +396,6 @@ def convert(dataset, path, npy, facts):
                 expect("an image", (image.shape, image.dtype), (SHAPE, "uint8"))
                 yield image
             expect("images", count, facts["images"])
-
     print(f"converting {path}, once", file=sys.stderr)
     for old in npy.parent.glob(f"{dataset}-64x64-*.npy"):  # of a folder before it changed
         old.unlink()

@@ -246,7 +246,6 @@ class Mixture(NamedTuple):
     """K Gaussians, HDDC's model [a_kj b_k Q_k d_k]: component k has variances a_kj along d_k main
     directions q_kj, and ONE variance b_k along all others: few numbers, so few samples are enough.
     d_k = D - 1 is a full covariance. (The released code finds directions and never uses them.)"""
-
     log_pi: torch.Tensor  # (K,) log of the weights
     mu: torch.Tensor  # (K, D) means
     q: torch.Tensor  # (K, D, D) orthonormal directions as columns, the main ones first
@@ -396,18 +395,15 @@ def informative_units(s, least, most=0.3, bins=20):
     x = s / s.std(0)
     # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
     contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).abs() ** 0.25  # (N,)
-
     def predict(y, units):
         """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
         x = steps[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
         gram = x.T @ x  # (U*bins, U*bins)
         gram.diagonal().add_(1)
         return x @ torch.linalg.solve(gram, x.T @ y)  # (n, Y)
-
     def explained(y, units, dim=None):
         """The share of the variance of y (n, Y) that these units explain; dim=0: of each column."""
         return (y * predict(y, units)).sum(dim) / y.square().sum(dim)
-
     kept = []
     candidates = s.any(0).nonzero().flatten().tolist()  # not the silenced ones
     while candidates:

@@ -218,7 +218,6 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
     if not active.any():
         warnings.warn("FactorVAE: no active unit (all have sd < 0.05), so the score is 0")
         return 0.0
-
     def votes(n):
         """How often factor k was fixed and active unit d was the most silent, (A, K)."""
         table = np.zeros((active.sum(), K))  # (A, K)
@@ -233,7 +232,6 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
             silent = (codes.var(1, ddof=1) / overall[active]).argmin(1)  # (m,)
             np.add.at(table, (silent, fixed), 1)
         return table
-
     name = votes(n_train).argmax(1)  # (A,), the lowest where votes tie, 0 where there are none
     return float(votes(n_test)[np.arange(len(name)), name].sum() / n_test)
 
@@ -765,16 +763,15 @@ def main():
     encode = cached(units, probe.pca, len(ds))
     scores = {}
     truth = ds.factor_sizes if ds.is_grid else ds.factors(torch.arange(len(ds))).cpu()
-    for name in parts:
-        if name in METRICS:
-            metric, counts = METRICS[name]
-            if not args.quick:
-                defaults = inspect.signature(metric).parameters
-                counts = {count: defaults[count].default for count in counts}
-            if not ds.is_grid:
-                total = max(sum(counts.values()), len(ds))
-                counts = {count: wish * len(ds) // total for count, wish in counts.items()}
-            scores |= score(name, counts, metric, encode, truth, args.seed, **counts)
+    for name in filter(METRICS.get, parts):
+        metric, counts = METRICS[name]
+        if not args.quick:
+            defaults = inspect.signature(metric).parameters
+            counts = {count: defaults[count].default for count in counts}
+        if not ds.is_grid:
+            total = max(sum(counts.values()), len(ds))
+            counts = {count: wish * len(ds) // total for count, wish in counts.items()}
+        scores |= score(name, counts, metric, encode, truth, args.seed, **counts)
     if "tad" in parts:
         scores |= score("tad", {"images": len(probe.idx)}, tad, probe.codes, probe.factors)
     controls, control_counts = {}, {"pairs": 16 if args.quick else 200, "DDIM_steps": 10}
@@ -782,7 +779,6 @@ def main():
         print(f"control: {counts_in_words(control_counts)}")
         pairs, steps = control_counts.values()
         controls = control(Painter(model, ds, probe, steps, args.seed, pairs), args.seed)
-
     report = {
         "checkpoint": str(source), "dataset": ds.name, "source": ds.source, "seed": args.seed,
         "seen": ckpt.get("seen"), "minutes": ckpt.get("minutes"), "quick": args.quick,

@@ -30,20 +30,17 @@ class UnitLinear(nn.Module):
 
 class Extractor(nn.Module):
     """Image -> latent units c. Table 9 with the default arguments.
-
-    Args:
-        n_units: N. The paper does not say; its released configuration has 20.
-        unit_dim: D, the length of one unit's vector (section 3.1: 32).
-        channels: of the convolutions. The first keeps the image's size, each other halves it.
-        hidden: widths of the fully connected layers between the CNN and the N scalars.
-        unit_hidden: widths of the hidden layers of each unit's private MLP.
-        shrink: average the image over shrink x shrink pixels first (paper: 1).
-        unit_relu: end every MLP in a ReLU, as Table 9 does; the laptop preset does not. About half
-            of a unit's numbers are then 0, where equation 6 hardly moves it (see DyGA.align).
-        unit_line: beyond the paper, c = MLP(s) + s w + b. MLPs alone often bent a unit into a V,
-            one arm of which looks like a point along the main direction. A line that is long from
-            the start keeps bends small.
-        fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not."""
+    n_units: N. The paper does not say; its released configuration has 20.
+    unit_dim: D, the length of one unit's vector (section 3.1: 32).
+    channels: of the convolutions. The first keeps the image's size, each other halves it.
+    hidden: widths of the fully connected layers between the CNN and the N scalars.
+    unit_hidden: widths of the hidden layers of each unit's private MLP.
+    shrink: average the image over shrink x shrink pixels first (paper: 1).
+    unit_relu: end every MLP in a ReLU, as Table 9 does; the laptop preset does not. About half of a
+        unit's numbers are then 0, where equation 6 hardly moves it (see DyGA.align).
+    unit_line: beyond the paper, c = MLP(s) + s w + b. MLPs alone often bent a unit into a V, one
+        arm of which looks like a point along the main direction. A long line keeps bends small.
+    fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not."""
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
                  unit_line=False, fsq_levels=()):

@@ -169,7 +169,6 @@ def train_stage1(run):
             row["disc_loss"].backward()
         step(run.optimizers[1], lr)
         run.after_step(len(idx), row)
-
     run.write_row()
     decibels = vqgan.finish(run.ds.images(run.fit_idx[:1024]))
     run.log(reconstruction_psnr=decibels)
@@ -225,7 +224,6 @@ def train_stage2(run):
         if seen // fit_every > now // fit_every:
             fit_anchors(run, model, seen)
         run.after_step(batch, row)
-
     run.write_row()
     # The averaged weights have units of their own, which the training weights' anchors do not fit.
     # So the average is unaligned (samples.png too) until it gets its anchors, here.
@@ -273,7 +271,6 @@ def fit_anchors(run, model, seen):
 
 def make_optimizers(cfg, networks, others, betas, weight_decay):
     """A list of one optimiser or two. Muon has what has two or more dimensions in `networks`.
-
     `others` are never Muon's: a codebook is a table of points, not a map between spaces."""
     adamw, muon = [*torch.nn.ModuleList(others).parameters()], []
     for p in torch.nn.ModuleList(networks).parameters():
@@ -322,7 +319,6 @@ class Run:
             1: make_optimizers(cfg, [vqgan.encoder, vqgan.decoder], others, betas, 0.0),
             2: make_optimizers(cfg, [net.extractor, net.unet], [], (0.9, 0.999), 0.01),
         }
-
         self.stage, self.seen, self.finished = 1, {1: 0, 2: 0}, False  # seen: images of each stage
         self.minutes, self.log_bytes = 0.0, 0
         self.start = self.saved = time.perf_counter()
@@ -527,10 +523,8 @@ dyga.k_max             *          1..1024    anchors a unit at most
 dyga.max_iter          *          1..1e4     EM iterations at most
 dyga.lam               *          0..1       lambda of equation 6; 0 switches alignment off
 dyga.accept            *          always|bic which splits are kept; bic: those that improve the BIC
-dyga.d_max             *          1..4096    main directions of a component at most
 dyga.spread            *          0..1e6     a wider cluster is split, in scales of its unit
 dyga.split_odds        *          0..1       chance of other clusters to be split (accept always)
-dyga.min_samples       *          1..1e6     smaller clusters are dropped
 unet.base              *          2..4096    width of the first level
 unet.multipliers       *          1..64      width of each level, in base
 unet.res_blocks        *          1..16      residual blocks a level on the way down
@@ -572,13 +566,11 @@ def build_parser():
 def within(kind, limits):
     """What argparse calls to read a number of this kind within limits such as "0..1"."""
     least, most = map(float, limits.split(".."))
-
     def number(text):
         value = kind(text)
         if not least <= value <= most:  # nan is in no range
             raise argparse.ArgumentTypeError(f"{text}: expected {limits}")
         return value
-
     return number
 
 def parse():
@@ -685,7 +677,6 @@ def main():
     def stop(signum, frame):  # finish a few steps, save, leave; a second signal ends at once
         run.stopped_by = signum
         signal.signal(signum, signal.SIG_DFL)
-
     if world == 1:  # several processes just end, and go on from their last checkpoint
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)

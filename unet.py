@@ -32,7 +32,6 @@ import torch.nn.functional as F
 
 def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
     """alpha_bar_t = prod_{s<=t} (1 - beta_s), float32 (timesteps,), falling from 0.9985 to 0.0007.
-
     Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means
     linear in sqrt(beta), which adds noise more gently at first; the end points are that code's."""
     betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, timesteps, dtype=torch.float64) ** 2
@@ -59,7 +58,6 @@ def zero(module):
 
 def drop_channels(x, rate, training):
     """Zero whole channels of x (B, C, h, w), each with probability `rate` (1 - p in equation 7).
-
     Dropping single pixels would hide almost nothing: their neighbours nearly repeat them.
     Paper: equation 7 multiplies by the Bernoulli mask alone. We also divide by p, as its released
     code does, so that the expected value is the same in training and at test time."""
@@ -70,7 +68,6 @@ def drop_channels(x, rate, training):
 
 class ResBlock(nn.Module):
     """Norm, SiLU, resize, conv, then norm, scale and shift by time, SiLU, dropout, conv; residual.
-
     resize: a module that halves or doubles the size, on both branches (LDM's `resblock_updown`)."""
     def __init__(self, c_in, c_out, time_dim, groups, dropout, resize=None):
         super().__init__()
@@ -157,22 +154,20 @@ class Blocks(nn.ModuleList):
 
 class UNet(nn.Module):
     """LDM's denoising U-Net. Table 8 with the default arguments.
-
-    Args:
-        channels, context_dim: Z, of the latent; D, of a unit.
-        base: width of the first level; a multiple of `groups` and of `heads`.
-        multipliers: width of each level, in `base`; each level but the last halves the size.
-        res_blocks: residual blocks per level on the way down; one more on the way up.
-        attention_at: downsampling factors (1: full size) that have Transformers; the middle always.
-        heads: attention heads; must divide every width that has a Transformer.
-        groups, dropout: of every GroupNorm; inside the residual blocks.
-        skip_dropout: probability that a channel of a skip is dropped (1 - p in equation 7).
-        skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions
-            are not injected through cross attention": with Table 8, 2x2 only. "released": what made
-            the paper's tables. Its code drops where the feature's SIDE in pixels (16, 8, 4, 2) is
-            not in the list of FACTORS [1, 2, 4]: at 16x16 and 8x8, where conditions ARE injected.
-        backbone_dropout: Table 12's control: drop channels of the backbone at those places.
-        self_attention: False leaves out the Transformers' self-attention."""
+    channels, context_dim: Z, of the latent; D, of a unit.
+    base: width of the first level; a multiple of `groups` and of `heads`.
+    multipliers: width of each level, in `base`; each level but the last halves the size.
+    res_blocks: residual blocks per level on the way down; one more on the way up.
+    attention_at: downsampling factors (1: full size) that have Transformers; the middle always.
+    heads: attention heads; must divide every width that has a Transformer.
+    groups, dropout: of every GroupNorm; inside the residual blocks.
+    skip_dropout: probability that a channel of a skip is dropped (1 - p in equation 7).
+    skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions are
+        not injected through cross attention": with Table 8, 2x2 only. "released": what made the
+        paper's tables. Its code drops where the feature's SIDE in pixels (16, 8, 4, 2) is not in
+        the list of FACTORS [1, 2, 4]: at 16x16 and 8x8, where conditions ARE injected.
+    backbone_dropout: Table 12's control: drop channels of the backbone at those places.
+    self_attention: False leaves out the Transformers' self-attention."""
     def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2,
                  attention_at=(1, 2, 4), heads=8, groups=32, context_dim=32, dropout=0.1,
                  skip_dropout=0.2, skip_dropout_where="released", backbone_dropout=0.0,
@@ -239,7 +234,6 @@ class UNet(nn.Module):
 
     def forward(self, z_t, t, c_tilde, maps=None):
         """z_t (B, Z, h, w), times t int64 (B,), units c_tilde (B, N, D) -> eps_hat (B, Z, h, w).
-
         maps: an empty list receives the cross-attention of every Transformer, each (B, H*W, N),
         averaged over heads, summing to 1 over N. A slow path: leave it None to train and sample."""
         time = self.time_mlp(time_embedding(t, self.base))  # (B, 4*base)
@@ -261,7 +255,6 @@ class UNet(nn.Module):
 
 def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform", v_weight=0.0):
     """Equation 2: latents z0 (B, Z, h, w), units c_tilde (B, N, D) -> loss of the U-Net's guess.
-
     kind: "l1" or "mse". Paper: equation 2 names no norm; the released configuration says l1.
     t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0
     the noisy latent shows everything, near T almost nothing can be told.
@@ -283,7 +276,6 @@ def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"
 @torch.no_grad()
 def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
     """Deterministic DDIM (eta = 0): noise (B, Z, h, w), units c_tilde (B, N, D) -> latents.
-
     Each step asks the U-Net for the noise, computes the clean latent that this implies, and goes
     to an earlier time with the same noise: the same noise and units give the same latent.
     steps: 1 to the schedule's length. attention=True also returns maps (B, N, h, w): the mean
@@ -312,7 +304,6 @@ def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
 @torch.no_grad()
 def ema_update(average, module, half_life, batch, images_seen):
     """Move `average`, a copy of `module`, towards it: an exponential moving average over images.
-
     half_life: training images after which a weight's influence has halved, whatever the batch. The
     paper's 0.9999 per step of 512 images is a half-life of 512 ln 2 / 0.0001 = 3.55 million. At
     most 8% of the images seen, or the random start would stay for long (like LDM's warm-up)."""
@@ -325,7 +316,6 @@ def ema_update(average, module, half_life, batch, images_seen):
 
 def orthogonalise(x):
     """Newton-Schulz: matrices x (B, m, n) -> nearly orthogonal ones, same singular vectors.
-
     An odd polynomial of a matrix acts on its singular values alone: a X + b XX'X + c (XX')^2 X
     turns each value v into a v + b v^3 + c v^5. With these coefficients five rounds lift all but
     the tiniest v into 0.7 to 1.2, by matrix products only (Jordan et al. 2024)."""
@@ -340,7 +330,6 @@ def orthogonalise(x):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): averages gradients, as momentum does, then orthogonalises.
-
     Every direction in which a layer can learn gets a step of the same size, while AdamW's steps
     follow the few directions of large gradients. Small but telling ones, such as those of an
     object's shape beside the hues', are learnt early that way. Steps are scaled to the usual size

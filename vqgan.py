@@ -16,7 +16,6 @@ that does not change the nearest code disappears.
 import math
 import runpy
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -34,7 +33,6 @@ def to_uint8(x):
 
 def norm_silu(channels, group_channels):
     """GroupNorm and SiLU: what precedes each 3x3 convolution of a ResBlock, and the last ones.
-
     LDM has 32 groups, in networks of 128 channels and more. At Table 7's 32 channels, 32 groups
     would normalise every channel by itself, and with its mean goes the very thing that tells a red
     wall from a blue one. So a group has at least `group_channels` channels here."""
@@ -91,7 +89,6 @@ def middle(width, g):
 
 class Codebook(nn.Module):
     """K vectors; `forward` replaces each latent vector by its nearest (van den Oord et al. 2017).
-
     A code that is never nearest gets no gradient, so a codebook easily collapses to a few used
     entries. `restart` cures that: codes that nobody used lately move onto latents of the batch."""
     def __init__(self, size, dim):
@@ -126,17 +123,14 @@ class Codebook(nn.Module):
 
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder. Table 7 with the default arguments.
-
-    Args:
-        channels: width after the first convolution.
-        multipliers: width of each level as a multiple of `channels`; each level but the last
-            halves the size.
-        res_blocks: residual blocks per encoder level; decoder levels have one more.
-        z_channels: Z, numbers per latent position ("embedding dimensionality").
-        codebook_size: K ("number of embeddings").
-        patch: fold patch x patch pixels into channels first, unfold them last (paper: 1, no
-            folding). Convolutions at full resolution are most of a small VQ-GAN's cost.
-        group_channels: least channels in a group of GroupNorm (see norm_silu; LDM: 1)."""
+    channels: width after the first convolution.
+    multipliers: width of each level, in `channels`; each level but the last halves the size.
+    res_blocks: residual blocks per encoder level; decoder levels have one more.
+    z_channels: Z, numbers per latent position ("embedding dimensionality").
+    codebook_size: K ("number of embeddings").
+    patch: fold patch x patch pixels into channels first, unfold them last (paper: 1, no folding).
+        Convolutions at full resolution are most of a small VQ-GAN's cost.
+    group_channels: least channels in a group of GroupNorm (see norm_silu; LDM: 1)."""
     def __init__(self, channels=32, multipliers=(1, 2, 4), res_blocks=2, z_channels=3,
                  codebook_size=2048, patch=1, group_channels=8):
         super().__init__()
@@ -161,9 +155,7 @@ class VQGAN(nn.Module):
             nn.Conv2d(width, z_channels, 3, padding=1),
             nn.Conv2d(z_channels, z_channels, 1),
         )
-
         self.codebook = Codebook(codebook_size, z_channels)
-
         decoder = [
             nn.Conv2d(z_channels, z_channels, 1),
             nn.Conv2d(z_channels, width, 3, padding=1),
@@ -209,10 +201,9 @@ class VQGAN(nn.Module):
         drawn = torch.cat([self.reconstruct(x) for x in images.split(128)])  # (n, 3, H, W)
         return psnr(images, drawn)
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(nn.Sequential):
     """Judges overlapping patches as real or drawn: (B, 3, 64, 64) -> logits (B, 1, 6, 6)."""
     def __init__(self, width=64):
-        super().__init__()
         layers = [
             nn.Conv2d(3, width, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
@@ -221,10 +212,7 @@ class PatchDiscriminator(nn.Module):
             layers += [nn.Conv2d(width, 2 * width, 4, stride=stride, padding=1, bias=False),
                        nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)]
             width = 2 * width
-        self.net = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
-
-    def forward(self, x):
-        return self.net(x)
+        super().__init__(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
 # ---- Losses --------------------------------------------------------------------------------------
 # LDM, and the paper's released configuration, add a perceptual loss (LPIPS), whose VGG weights are
@@ -232,7 +220,6 @@ class PatchDiscriminator(nn.Module):
 
 def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment=0.25):
     """Losses on images x float (B, 3, H, W) in [-1, 1] -> (the VQ-GAN's loss, a dict for the log).
-
     kind: "l1", LDM's, or "mse", four times the squared error (about as large as L1 early on), which
     cares most for the few pixels that are far off, those at edges. disc: a PatchDiscriminator, or
     None. The dict has 0-dim tensors; disc_loss, if any, trains the discriminator."""
@@ -267,7 +254,7 @@ def psnr(images, drawn):
 def main():
     """Hand over to train.py, which owns the images, the loop and the checkpoint."""
     sys.argv.insert(1, "--stage1_only")
-    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
+    runpy.run_module("train", run_name="__main__")
 
 if __name__ == "__main__":
     main()
