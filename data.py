@@ -287,7 +287,6 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
     return maps
 
 # ---- Helpers that train.py and evaluate.py use too ----------------------------------------------
-
 class UserError(Exception):
     """A mistake that the user can mend. ONE line: what was found, what was expected, what to do."""
 

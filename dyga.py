@@ -241,7 +241,6 @@ class DyGA(nn.Module):
         return two
 
 # ---- The parts of Algorithm 2, for one unit: x (n, D) normalised, m its mixture ------------------
-
 class Mixture(NamedTuple):
     """K Gaussians, HDDC's model [a_kj b_k Q_k d_k]: component k has variances a_kj along d_k main
     directions q_kj, and ONE variance b_k along all others: few numbers, so few samples are enough.
@@ -367,7 +366,6 @@ def clusters(x, m):
     return parts, spreads
 
 # ---- Beyond the paper: which units to keep, and how to part two that mix -------------------------
-
 def informative_units(s, least, most=0.3, bins=20):
     """Which units are not redundant. s: scalars (n, N), n 1,000 or more -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
@@ -426,8 +424,8 @@ def unmixing(s):
     Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
     The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
     themselves. So the least Gaussian directions are taken for factors. The search starts at the
-    units as they are, so that each stays near its own direction. Weights up to 0.1 (of standardised
-    scalars, in a direction of length 1) are dropped as noise."""
+    units as they are, so that each stays near its own direction. Weights up to 0.06 (of
+    standardised scalars, in a direction of length 1) are dropped as noise."""
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)
     values, axes = torch.linalg.eigh(x.T @ x / len(x))
@@ -441,12 +439,11 @@ def unmixing(s):
         w = u @ v  # the nearest rotation: rows stay at right angles
     turn = nn.functional.normalize(w @ white)  # (U, U), of standardised scalars
     turn = turn * turn.diagonal().sign()[:, None]  # a direction's sign is as before
-    turn = turn * (turn.abs() > 0.1)
+    turn = turn * (turn.abs() > 0.06)
     spread = (x @ turn.T).std(0)  # (U,)
     return (turn * (sd / spread)[:, None] / sd).float()
 
 # ---- Toy units: python dyga.py -------------------------------------------------------------------
-
 def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
     """Units (n, N, dim) like the extractor's, a scalar of levels[i] equally likely values through a
     random MLP, and which value it was (n, N). noise: of the unit, in its scales; jitter: of the

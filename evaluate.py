@@ -54,7 +54,6 @@ def progress(work, words, total=None):
     return tqdm(work, words, total, leave=False, disable=None)  # None: only on a terminal
 
 # ---- Codes: from images to one number per unit --------------------------------------------------
-
 def fit_pca(c):
     """One-component PCA of every unit. c: (n, N, D) -> mean and direction, each (N, D) float32.
     Metrics see a unit as one number (section 4.1). It IS one under an MLP: little is lost."""
@@ -415,7 +414,6 @@ def separation(dyga, probe):
     return found
 
 # ---- Figures: each gives a PIL.Image ------------------------------------------------------------
-
 def exchange(c_tilde, other, groups):
     """Units (B, N, ...) -> (R, B, N, ...): in each row one group's units are the other's.
     The same for factors (B, F), where a group is one number."""

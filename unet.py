@@ -29,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ---- The noise schedule, and time ----------------------------------------------------------------
-
 def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
     """alpha_bar_t = prod_{s<=t} (1 - beta_s), float32 (timesteps,), falling from 0.9985 to 0.0007.
     Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means
@@ -49,7 +48,6 @@ def time_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
-
 def zero(module):
     """Start a layer at 0: its residual branch adds nothing at first, which steadies training."""
     for p in module.parameters():
@@ -151,7 +149,6 @@ class Blocks(nn.ModuleList):
         return x
 
 # ---- The U-Net -----------------------------------------------------------------------------------
-
 class UNet(nn.Module):
     """LDM's denoising U-Net. Table 8 with the default arguments.
     channels, context_dim: Z, of the latent; D, of a unit.
@@ -252,7 +249,6 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 # ---- Training loss, sampling, averaging ----------------------------------------------------------
-
 def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform", v_weight=0.0):
     """Equation 2: latents z0 (B, Z, h, w), units c_tilde (B, N, D) -> loss of the U-Net's guess.
     kind: "l1" or "mse". Paper: equation 2 names no norm; the released configuration says l1.
@@ -313,7 +309,6 @@ def ema_update(average, module, half_life, batch, images_seen):
             old.lerp_(new, weight)
 
 # ---- Muon, the laptop preset's optimiser for weight matrices -------------------------------------
-
 def orthogonalise(x):
     """Newton-Schulz: matrices x (B, m, n) -> nearly orthogonal ones, same singular vectors.
     An odd polynomial of a matrix acts on its singular values alone: a X + b XX'X + c (XX')^2 X
@@ -343,6 +338,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             momentum = group["momentum"]
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if not self.state[p]:
                     self.state[p]["mean"] = torch.zeros_like(p)
                 mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)

@@ -30,7 +30,6 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
-
 def norm_silu(channels, group_channels):
     """GroupNorm and SiLU: what precedes each 3x3 convolution of a ResBlock, and the last ones.
     LDM has 32 groups, in networks of 128 channels and more. At Table 7's 32 channels, 32 groups
@@ -86,7 +85,6 @@ def middle(width, g):
     return [ResBlock(width, width, g), AttentionBlock(width, g), ResBlock(width, width, g)]
 
 # ---- The codebook --------------------------------------------------------------------------------
-
 class Codebook(nn.Module):
     """K vectors; `forward` replaces each latent vector by its nearest (van den Oord et al. 2017).
     A code that is never nearest gets no gradient, so a codebook easily collapses to a few used
@@ -120,7 +118,6 @@ class Codebook(nn.Module):
         self.uses.zero_()
 
 # ---- Autoencoder and discriminator ---------------------------------------------------------------
-
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder. Table 7 with the default arguments.
     channels: width after the first convolution.

@@ -17,14 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dyga  # noqa: E402
 import train  # noqa: E402
 
-
 def compare(runs, functions):
     """Call {name: function} in turn, `runs` times after a warm-up; print a row each."""
     times = np.array([[timeit.timeit(function, number=1) for function in functions.values()]
                       for _ in range(1 + runs)])[1:]  # (runs, functions)
     for name, time, ratio in zip(functions, times.T, (times / times[:, :1]).T):
         print(f"{name:35} {1e3 * np.median(time):10,.1f} ms {np.median(ratio):8.3f}", flush=True)
-
 
 def build(preset, batch, device="cpu"):
     """A run of ten steps of stage 2, in which every image comes five times; without fits."""
@@ -35,11 +33,9 @@ def build(preset, batch, device="cpu"):
     run.stage, run.rank = 2, 1  # not 0, so it writes nothing
     return run
 
-
 def ten_steps(run):
     run.seen[2] = 0
     train.train_stage2(run)
-
 
 def main():
     torch.set_flush_denormal(True)  # as train.py
@@ -72,7 +68,6 @@ def main():
         paper = build("paper", 512, "cuda")
         compare(runs, {"ten paper steps, batch 512": lambda: ten_steps(paper)})
         print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,6 @@ TINY = shlex.split("""--preset paper
     --unet.heads 2 --unet.groups 4 --lr 1e-3 --batch 32 --images 1280 --pool_images 640
     --ema_half_life 1000 --fit_images 320 --ddim_steps 10""")
 
-
 @pytest.fixture
 def main(monkeypatch):
     """main(train, "--lr", 1) does in this process what the command line would -> exit code."""

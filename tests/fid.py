@@ -19,7 +19,6 @@ import train  # noqa: E402
 INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
              "inception-2015-12-05.pt")
 
-
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance of Gaussians: |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2).
     mu: (D,), cov: (D, D), symmetric, no eigenvalue below 0 (0 is fine: fewer images than features).
@@ -30,7 +29,6 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     eigenvalues = np.maximum(np.linalg.eigvalsh(root @ cov2 @ root), 0)  # (D,)
     trace = np.trace(cov1) + np.trace(cov2) - 2 * np.sqrt(eigenvalues).sum()
     return float(((mu1 - mu2) ** 2).sum() + trace)
-
 
 @torch.no_grad()
 def fid(model, ds, inception, n, steps, seed=0):
@@ -53,7 +51,6 @@ def fid(model, ds, inception, n, steps, seed=0):
         moments += [features.mean(0), np.cov(features, rowvar=False)]
     return frechet_distance(*moments)
 
-
 def main():
     p = data.Parser(description="Frechet Inception Distance of a checkpoint of train.py.")
     p.add_argument("checkpoint", help="ckpt.pt of train.py")
@@ -73,7 +70,6 @@ def main():
     inception = torch.jit.load(path, map_location=device).eval()
     value = fid(model, ds, inception, args.n, cfg["ddim_steps"], args.seed)
     print(f"FID of {args.n:,} images of {ds.name}: {value:.2f}; the paper's on CelebA: 12.0 +- 1.2")
-
 
 if __name__ == "__main__":
     data.run(main)

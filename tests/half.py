@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 
-
 def main():
     ckpt, file = train.read_checkpoint(sys.argv[1]), io.BytesIO()
     kept = {name: ckpt[name] for name in ("format", "config", *train.PLACE)}
@@ -23,7 +22,6 @@ def main():
     with data.replacing(sys.argv[2]) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED) as small:
         for name in ZipFile(file).namelist():  # the same zip archive, compressed
             small.writestr(name, ZipFile(file).read(name))
-
 
 if __name__ == "__main__":
     data.run(main)

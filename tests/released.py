@@ -29,7 +29,6 @@ UNET_LAYERS = {
     "ff_in": INNER + "ff.net.0.proj", "ff_out": INNER + "ff.net.2", "to_kv": "to_k to_v"}
 UNUSED = STAGE1 + "loss.", STAGE1 + "model_ema."  # in a network's part, but no weights of it
 
-
 def read(path):
     """A Lightning file, or a plain state_dict -> {name: tensor}. UserError if it is neither."""
     # In place of every class and function that the file names: nothing of it can run.
@@ -44,7 +43,6 @@ def read(path):
         raise data.UserError(f"{path}: cannot be read safely ({type(error).__name__}); re-save its "
                              "torch.load(FILE, weights_only=False)['state_dict']") from error
 
-
 def settings(take):
     """train.py's settings of a file's networks: Tables 7 to 9, but for these sizes."""
     def widths(name, places):
@@ -56,7 +54,6 @@ def settings(take):
         "extractor.hidden": hidden, "extractor.n_units": n_units,
         "extractor.unit_hidden": unit_hidden, "extractor.unit_dim": unit_dim,
         "unet.base": take(f"{UNET}input_blocks.0.0.bias").numel(), "vqgan.group_channels": 1}
-
 
 def places():
     """Where our blocks are in their file, with the levels of Tables 7 and 8: {ours: theirs}."""
@@ -80,7 +77,6 @@ def places():
         **{f"vqgan.decoder.{i}": STAGE1 + name for i, name in enumerate(decoder)},
         **{f"unet.down.{i}": f"{UNET}input_blocks.{i + 1}" for i in range(11)}}
 
-
 def their_names(name, n_units):
     """The name of a tensor of ours -> those of the tensors in their file that it is made of."""
     if name.startswith("extractor.unit_mlp."):  # a small network per unit
@@ -93,7 +89,6 @@ def their_names(name, n_units):
         if f".{ours}." in names[0]:
             names = [x.replace(f".{ours}.", f".{one}.") for x in names for one in theirs.split()]
     return names
-
 
 def convert(path, dataset):
     """A file of theirs -> a checkpoint of train.py. UserError names the tensor that is wrong."""
@@ -126,7 +121,6 @@ def convert(path, dataset):
     return {"format": train.FORMAT, "stage": 2, "model": state, "average": state, "seen": None,
             "minutes": None, "config": cfg | {"dataset": dataset, "source": "auto"}}
 
-
 def main():
     p = data.Parser(description="A model file of the paper's code -> a checkpoint of train.py.")
     p.add_argument("model", help="a .ckpt of youngjun-jun/dis-dis")
@@ -135,7 +129,6 @@ def main():
     args = p.parse_args()
     with data.replacing(args.out) as temporary:
         torch.save(convert(args.model, args.dataset), temporary)
-
 
 if __name__ == "__main__":
     data.run(main)

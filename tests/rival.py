@@ -27,14 +27,12 @@ import train  # noqa: E402
 
 PRIOR = Normal(0.0, 1.0, validate_args=False)  # of each number of z
 
-
 def reconstruction(logits, images):
     """Bernoulli cross-entropy an image, less the images' entropy (a constant): 0 if perfect.
     logits (B, 3, 64, 64), images uint8 (B, 3, 64, 64)."""
     p = images / 255
     least = torch.special.entr(torch.stack([p, 1 - p])).sum()
     return (F.binary_cross_entropy_with_logits(logits, p, reduction="sum") - least) / len(images)
-
 
 def decompose(q, z):
     """Normals q(z|x) of a batch, z (B, U) from them -> the KL's three parts: index-code mutual
@@ -48,16 +46,13 @@ def decompose(q, z):
     dimensions = log_marginals - PRIOR.log_prob(z).sum(1)  # (B,)
     return information.mean(), (log_qz - log_marginals).mean(), dimensions.mean()
 
-
 def density_ratio(logits):
     """Total correlation from a discriminator's logits (B, 2): of z as it is, of permuted z."""
     return (logits[:, 0] - logits[:, 1]).mean()
 
-
 def permute_dims(z):
     """z (B, U) with each column in an order of its own: every z_u as before, but independent."""
     return z.gather(0, torch.rand_like(z).argsort(0))  # (B, U)
-
 
 class Rival(nn.Module):
     """Encoder, decoder, FactorVAE's discriminator, DyGA if asked for. cfg: see parse()."""
@@ -116,7 +111,6 @@ class Rival(nn.Module):
         self.train()
         return means
 
-
 def fit(model, ds):
     """Train until --minutes are over, or --images seen; a line a minute."""
     cfg, batch = model.cfg, model.cfg["batch"]
@@ -157,7 +151,6 @@ def fit(model, ds):
                   f"KL {kl:.2f}, TC {tc:.2f}", flush=True)
             printed, rows = minutes, []
 
-
 def parse():
     """The command line -> all settings, a dict: train.py's and these."""
     p = data.Parser(description="Train a rival, write its codes. Other flags are train.py's.")
@@ -171,7 +164,6 @@ def parse():
     args, others = p.parse_known_args()
     flags = shlex.split(train.PRESETS["laptop"], comments=True) + others
     return vars(train.build_parser().parse_args(flags)) | vars(args)
-
 
 def main():
     """Train, then write the means of all images in the dataset's order."""
@@ -187,7 +179,6 @@ def main():
     with data.replacing(cfg["out"]) as temporary, open(temporary, "wb") as file:
         np.savez(file, codes=codes)
     print(f"wrote {cfg['out']}: codes {codes.shape}")
-
 
 if __name__ == "__main__":
     data.run(main)

@@ -24,9 +24,10 @@ resource = pytest.importorskip("resource")  # Windows has none, nor fork and SIG
 KILL = signal.SIGKILL
 SMALL = TINY + ("--dataset shapes3d --device cpu --fit_images 100 --ddim_steps 1 "
                 "--dyga.k_max 8 --dyga.max_iter 3").split()
-# Three steps of stage 1, four of stage 2, a fit after every second one; both optimisers.
-SHORT = SMALL + "--stage1.images 48 --images 128 --pool_images 64 --optimizer muon".split()
-
+# Three steps of stage 1, four of stage 2, a fit after every second one; both optimisers. After the
+# second step of stage 2 the extractor is frozen.
+SHORT = SMALL + ("--stage1.images 48 --images 128 --pool_images 64 --optimizer muon "
+                 "--freeze_at 0.5").split()
 
 def run(out, *flags, processes=1, prepare=lambda: None):
     """train.py in so many processes, the last one after prepare() -> their exit codes, or minus the
@@ -55,10 +56,8 @@ def run(out, *flags, processes=1, prepare=lambda: None):
         process.join()
     return [process.exitcode for process in forks]
 
-
 def said(out, rank=0):
     return Path(f"{out}-{rank}.txt").read_text()
-
 
 def at_call(owner, name, number, action):
     """A prepare(): the number-th call of owner.name begins with a signal, or action(arguments)."""
@@ -70,16 +69,13 @@ def at_call(owner, name, number, action):
     function, calls = getattr(owner, name), itertools.count(1)
     return lambda: setattr(owner, name, counted)  # in the fork only
 
-
 def die_writing_a_checkpoint(descriptor):
     os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
     signal.raise_signal(KILL)
 
-
 def die_writing_the_log(run, **row):
     run.log_path.write_text(run.log_path.read_text() + '{"stage": 2, "ima')
     signal.raise_signal(KILL)
-
 
 def left(out):
     """What a run leaves, but for what the clock decides: weights, averages, anchors, optimisers,
@@ -89,7 +85,6 @@ def left(out):
     settings = ckpt.pop("config") | {"out": "", "resume": 0}
     return ckpt, settings, [row | {"minutes": 0} for row in log]
 
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nobody disturbed."""
@@ -97,6 +92,11 @@ def whole(tmp_path_factory):
     assert run(out, *SHORT) == [0], said(out)
     return out
 
+def test_a_frozen_extractor_is_its_average_while_the_u_net_goes_on_and_its_average_lags(whole):
+    ckpt = train.read_checkpoint(whole / "ckpt.pt")
+    same = {name: torch.equal(ckpt["model"][name], ckpt["average"][name]) for name in ckpt["model"]}
+    assert all(train.part(same, "extractor").values())
+    assert not any(train.part(same, "unet").values())
 
 # Before which call what happens; how the run ends, what it says; stage and images in what is left.
 @pytest.mark.parametrize("moment, code, words, place", [
@@ -108,8 +108,8 @@ def whole(tmp_path_factory):
     ((train, "fit_anchors", 1, signal.SIGTERM), 130, "signal 15; .* and --resume", (2, 64)),
     ((torch, "save", 6, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, -1))), 2,
      "error: .*cannot be written.*File too large", (2, 32)),
-    ((train, "diffusion_loss", 3, lambda *inputs: inputs[2].register_hook(lambda x: x * math.nan)),
-     2, "error: stage 2, image 96.*'grad_norm': nan.* --lr .*ckpt.pt", (2, 64)),
+    ((train, "diffusion_loss", 2, lambda *inputs: inputs[2].register_hook(lambda x: x * math.nan)),
+     2, "error: stage 2, image 64.*'grad_norm': nan.* --lr .*ckpt.pt", (2, 32)),
     ((train.Model, "units", 1, lambda model, _: model.extractor.to_scalars[-1].bias.data.fill_(
         math.nan)), 2, "error: units are not finite.*--lr", (2, 32))],
     ids="stage1 checkpoint log SIGINT SIGTERM disk nan-gradient nan-units".split())
@@ -127,7 +127,6 @@ def test_a_run_killed_stopped_out_of_disk_or_not_finite_resumes_and_ends_like_on
     assert settings == others and ours["average"]["dyga.mask"].any()
     assert set(os.listdir(out)) == files  # nothing half-written
 
-
 def test_a_folder_is_refused_while_a_run_writes_there_and_taken_when_it_died(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -138,7 +137,6 @@ def test_a_folder_is_refused_while_a_run_writes_there_and_taken_when_it_died(tmp
     assert (out / ".123-ckpt.pt").exists()
     held.close()  # as when its process ends
     assert run(out, *SHORT, "--stage1_only") == [0], said(out)
-
 
 def test_a_damaged_or_foreign_file_is_refused_or_as_it_was_and_no_code_in_it_runs(tmp_path):
     path, trap, draw = tmp_path / "ckpt.pt", tmp_path / "executed", random.Random(0)
@@ -177,14 +175,12 @@ def test_a_damaged_or_foreign_file_is_refused_or_as_it_was_and_no_code_in_it_run
         lines.append(refused(bad))
     assert lines[0] and lines.count("") < 50 and refused(raw) == ""
 
-
 @pytest.mark.parametrize("name, wrong", [("stage", "two"), ("optimizer 0", None), ("model", {})])
 def test_a_checkpoint_with_a_wrong_part_is_refused_in_one_line(
         name, wrong, whole, tmp_path, main, capsys):
     torch.save(train.read_checkpoint(whole / "ckpt.pt") | {name: wrong}, tmp_path / "ckpt.pt")
     assert main(train, "--out", tmp_path, "--resume") == 2
     assert re.fullmatch("error: .*not as this train.py wrote it.*\n", capsys.readouterr().err)
-
 
 def test_two_processes_learn_as_one_does_one_of_them_writes_and_none_waits_for_one_that_dies(
         tmp_path):

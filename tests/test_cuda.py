@@ -19,7 +19,6 @@ TRAIN = TINY + (
     "--dyga.k_max 4 --dyga.k_init 2 --unet.multipliers 1 --extractor.n_units 3 "
     "--optimizer muon --select_at 0.5 --unmix_at 0.5").split()
 
-
 class Pretended(torch.Tensor):
     """A tensor that says it is on cuda:0; its numbers are in the CPU tensor `held`."""
     device, is_meta = torch.device("cuda:0"), False  # what Python code is told
@@ -38,7 +37,6 @@ class Pretended(torch.Tensor):
     tolist = lambda self: self.held.tolist()
     __reduce_ex__ = lambda self, protocol: self.held.__reduce_ex__(protocol)  # saved as plain
 
-
 def indices(place):
     """What stands in [...], with lists and arrays as pretended tensors."""
     if isinstance(place, tuple):
@@ -46,7 +44,6 @@ def indices(place):
     if isinstance(place, (list, np.ndarray)):  # [] too has whole numbers
         place = torch.tensor(place, dtype=None if len(place) else torch.int64, device="cuda:0")
     return place
-
 
 class Pretence(TorchDispatchMode):
     """Every operation of torch comes by here: computed on what is held, refused if it mixes."""
@@ -77,7 +74,6 @@ class Pretence(TorchDispatchMode):
         out = func(*args, **kwargs)
         return tree_map(pretended, out) if on_gpu else out
 
-
 @pytest.fixture
 def gpu(monkeypatch):
     made = torch.tensor  # it would put numbers on a device unseen by Pretence
@@ -92,7 +88,6 @@ def gpu(monkeypatch):
             with pytest.raises((AssertionError, RuntimeError), match="two devices|numpy"):
                 mixed()  # as on a real one
         yield
-
 
 def test_too_large_a_step_is_one_line_and_no_line_of_a_run_resumption_or_evaluation_mixes_devices(
         gpu, main, monkeypatch, tmp_path, capsys):

@@ -14,27 +14,22 @@ from PIL import Image
 
 import data
 
-
 @pytest.fixture(scope="module")
 def twin():
     return data.load("shapes3d", source="rendered")
-
 
 @pytest.fixture(scope="module")
 def maps():
     return data.weight_maps().float().view(8, 4, 15, 5, 64, 64)
 
-
 def image(twin, *factors):
     """One image as int64 (3, 64, 64)."""
     return twin.images(twin.index(torch.tensor([factors])))[0].long()
-
 
 def test_sky_line_rings_as_in_the_original_to_the_grey_level(twin):
     # Blue, sky (249) above a red wall (0), frontal: the overshoot of a Lanczos-3 filter.
     column = image(twin, 2, 0, 5, 0, 0, 7)[2, :, 5].tolist()
     assert column[:21] == [249] * 15 + [245, 255, 166, 0, 4, 0]
-
 
 def test_the_palette_and_the_factors_are_those_of_the_original_in_its_order(twin):
     assert twin.is_grid and len(twin) == 480_000 and twin.factor_names == [
@@ -42,7 +37,6 @@ def test_the_palette_and_the_factors_are_those_of_the_original_in_its_order(twin
     assert data.PALETTE.tolist() == [
         [255, 0, 0], [255, 153, 0], [204, 255, 0], [51, 255, 0], [0, 255, 102], [0, 255, 255],
         [0, 102, 255], [51, 0, 255], [204, 0, 255], [255, 0, 153], [153, 226, 249], [255] * 3]
-
 
 @pytest.mark.parametrize("what, factors, place, value", [
     ("a floor in shadow: 0.337", (0, 5, 5, 7, 3, 14), (0, 56, 45), 86),
@@ -52,7 +46,6 @@ def test_the_palette_and_the_factors_are_those_of_the_original_in_its_order(twin
     ("none below it", (5, 5, 0, 7, 2, 7), (1, 50, 31), 0)])
 def test_shades_are_those_of_the_original(twin, what, factors, place, value):
     assert abs(image(twin, *factors)[place] - value) <= 2
-
 
 def test_geometry_is_mirrored_between_orientation_k_and_14_minus_k():
     for k in range(7):
@@ -66,7 +59,6 @@ def test_geometry_is_mirrored_between_orientation_k_and_14_minus_k():
             seen.append(torch.stack([*room, *hits]).view(7, 192, 192))
         assert torch.equal(seen[0], seen[1].flip(-1))  # left and right change places
 
-
 def test_scale_multiplies_every_dimension_of_the_object_and_the_lamp_hangs_to_the_left(maps):
     floor = maps[0, 0, 7, data.FLOOR, 60]
     assert floor[2] > floor[61] + 0.05
@@ -75,7 +67,6 @@ def test_scale_multiplies_every_dimension_of_the_object_and_the_lamp_hangs_to_th
         s = 0.75 + scale / 14
         width = 2 * 0.35 * s * 32 / math.tan(math.radians(25)) / (2.5 - 0.35 * s)
         assert abs((maps[scale, 0, 7, data.OBJECT, 40] > 0.5).sum() - width) <= 1
-
 
 @pytest.mark.parametrize("shape", data.SHAPES)
 def test_normals_have_length_one_and_rays_enter_against_them_at_the_surface(shape):
@@ -93,7 +84,6 @@ def test_normals_have_length_one_and_rays_enter_against_them_at_the_surface(shap
     outside = data.first_hit(shape, radius, half, points + 1e-3 * normals, normals)
     assert outside[outside.isfinite()].lt(0).all()  # from just outside, it lies behind
 
-
 def test_a_batch_equals_its_single_images_and_each_is_the_rounded_sum_of_maps_times_colours(
         twin, maps):
     idx = torch.randint(480_000, (130,), generator=torch.Generator().manual_seed(0))
@@ -104,7 +94,6 @@ def test_a_batch_equals_its_single_images_and_each_is_the_rounded_sum_of_maps_ti
     colours = data.PALETTE[[3, 7, 1, 10, 11]]  # (5, 3)
     expected = torch.einsum("kc,khw->chw", colours, maps[5, 1, 2]).round().clamp(0, 255)
     assert (image(twin, 3, 7, 1, 5, 1, 2) - expected).abs().max() <= 1
-
 
 @pytest.mark.parametrize("name", ["shapes3d", "cars3d", "mpi3d_toy"])
 def test_factors_of_an_index_are_its_row_major_digits(name):
@@ -117,7 +106,6 @@ def test_factors_of_an_index_are_its_row_major_digits(name):
     assert np.array_equal(ds.factors(idx).T, np.unravel_index(idx.numpy(), sizes))
     assert torch.equal(ds.index(ds.factors(idx)), idx)
 
-
 @pytest.mark.parametrize("bad", [-1, 480_000])
 def test_an_index_a_value_or_a_source_that_is_not_there_is_an_error(twin, bad):
     for ask in twin.images, twin.factors:
@@ -128,14 +116,12 @@ def test_an_index_a_value_or_a_source_that_is_not_there_is_an_error(twin, bad):
     with pytest.raises(data.UserError, match="no rendered images of cars3d"):
         data.load("cars3d", source="rendered")
 
-
 @pytest.mark.parametrize("folder", [".", "no such folder"])
 def test_shapes3d_without_its_file_is_rendered_and_says_so(tmp_path, folder):
     ds = data.load("shapes3d", tmp_path / folder)
     assert ds.source == "rendered" and ds.source_note.startswith("not ")
     assert str(tmp_path / folder / "3dshapes.h5") in ds.source_note
     assert not list(tmp_path.iterdir())
-
 
 def test_replacing_swaps_the_file_on_success_and_leaves_nothing_on_error(tmp_path):
     path = tmp_path / "deep" / "file.txt"
@@ -148,7 +134,6 @@ def test_replacing_swaps_the_file_on_success_and_leaves_nothing_on_error(tmp_pat
             raise error
     assert path.read_text() == "first" and os.listdir(path.parent) == ["file.txt"]
 
-
 @pytest.mark.parametrize("error, end, lines", [
     (data.UserError("two\nlines"), 2, 1), (OSError(28, "No space left", "x"), 2, 1),
     (KeyboardInterrupt(), 130, 0), (ZeroDivisionError(), None, 0)])
@@ -160,14 +145,12 @@ def test_run_ends_in_one_line_and_an_exit_code_or_a_bugs_traceback(capsys, error
     assert getattr(raised.value, "code", None) == end
     assert capsys.readouterr().err.count("\n") == lines
 
-
 @pytest.mark.parametrize("arguments", [["--colour"], ["--o", "x"], ["--dataset", "shapes4d"]])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(arguments, capsys, main):
     assert main(data, *arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("data.py: error: ") and "--help" in err
-
 
 def test_the_image_grid_places_every_tile_unchanged():
     g = torch.Generator().manual_seed(0)
@@ -179,14 +162,12 @@ def test_the_image_grid_places_every_tile_unchanged():
     labelled = data.image_grid(tiles, ["one", "two"], ["a", "b", "c"], "a title")
     assert labelled.width > 3 * 9 and labelled.height > 2 * 7 + 30
 
-
 def test_the_command_draws_a_row_per_factor(tmp_path):
     done = subprocess.run([sys.executable, data.__file__], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and b"480,000 images" in done.stdout
     assert os.listdir(tmp_path) == ["out"]
     with Image.open(tmp_path / "out" / "data-shapes3d.png") as picture:
         assert picture.height > 6 * 64 and picture.width > 15 * 64
-
 
 def test_held_factors_stay_at_the_middle_of_their_values_and_the_rest_is_a_smaller_grid():
     twin, small = data.load("shapes3d"), data.load("shapes3d", vary="shape,wall hue")
@@ -200,7 +181,6 @@ def test_held_factors_stay_at_the_middle_of_their_values_and_the_rest_is_a_small
     with pytest.raises(data.UserError, match="cannot vary .*size.*floor hue"):
         data.load("shapes3d", vary="size")
 
-
 def pictures(folder, table=None):
     """Six pictures of different sizes, the k-th of brightness 40 k, and labels.csv."""
     for k in range(6):
@@ -209,13 +189,10 @@ def pictures(folder, table=None):
     if table is not None:
         (folder / "labels.csv").write_text(table)
 
-
 def brightness(ds):
     return (ds.images(torch.arange(len(ds))).float().mean((1, 2, 3)) / 40).round().tolist()
 
-
 GRID = "file,size,hue\n0.JPG,7,1\n1.png,7,0\n2.JPG,9,1\n3.png,9,0\n"
-
 
 @pytest.mark.parametrize("table, grid, order, factors, last", [
     (None, False, [0, 1, 2, 3, 4, 5], {}, []),
@@ -229,7 +206,6 @@ def test_a_folder_is_its_pictures_and_with_labels_those_named_a_grid_if_all_comb
     assert dict(zip(ds.factor_names, ds.factor_sizes)) == factors
     assert ds.factors(torch.tensor([len(ds) - 1])).tolist() == [last]
 
-
 def test_a_folder_is_converted_again_when_it_changes_and_only_then(tmp_path, capsys):
     pictures(tmp_path)
     for change, conversions in (lambda: None, 1), (lambda: None, 0), (lambda: Image.new(
@@ -239,7 +215,6 @@ def test_a_folder_is_converted_again_when_it_changes_and_only_then(tmp_path, cap
         assert capsys.readouterr().err.count("converting") == conversions
     assert brightness(ds)[0] == 6 and len(list(tmp_path.glob("*.npy"))) == 1
 
-
 def test_a_table_may_have_quotes_and_empty_lines(tmp_path):
     for name, colour in ("a b.png", "black"), ("c,d.png", "white"):
         Image.new("RGB", (70, 64), colour).save(tmp_path / name)
@@ -248,7 +223,6 @@ def test_a_table_may_have_quotes_and_empty_lines(tmp_path):
     ds = data.load("folder", tmp_path)
     assert ds.factor_names == ["hue, x"] and ds.images(torch.arange(2))[:, 0, 0, 0].tolist() == [
         0, 255]
-
 
 @pytest.mark.parametrize("change, words", [
     ("", "not enough values"), ("file,size\n", "found 0 pictures, expected 2 or more"),

@@ -18,14 +18,11 @@ from dyga import DyGA, cost, e_step, em, informative_units, m_step, scree, toy_u
 
 CONTINUOUS = 10**6  # so many levels
 
-
 def delta_of(model, c):
     return model.align(c, return_delta=True)[1]  # (B, N)
 
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 def overlapping(n=1500, D=6, K=4, seed=0):
     """Float64 data (n, D) of K overlapping Gaussians, and random hard responsibilities (K, n)."""
@@ -35,16 +32,13 @@ def overlapping(n=1500, D=6, K=4, seed=0):
     x = x + 1.5 * centres[torch.randint(0, K, (n,), generator=g)]
     return x, torch.eye(K, dtype=torch.float64)[torch.randint(0, K, (n,), generator=g)].T
 
-
 def covariance(m):
     """(K, D, D): with a_kj = b_k beyond the main directions, q and a are all of it."""
     return m.q @ torch.diag_embed(m.a) @ m.q.mT
 
-
 def fitted(levels=(3, 5, CONTINUOUS), n=2000, seed=0, **options):
     c, _ = toy_units(list(levels), n, generator(seed))
     return DyGA(len(levels), **options).fit(c), c
-
 
 def test_em_with_all_directions_but_one_is_scikit_learns_and_drops_empty_components(monkeypatch):
     monkeypatch.setattr(dyga, "FLOOR", 0.0)
@@ -62,7 +56,6 @@ def test_em_with_all_directions_but_one_is_scikit_learns_and_drops_empty_compone
     assert all(np.abs(a.numpy() - b).max() < 1e-6 for a, b in zip(ours, theirs))
     assert math.isclose(likelihood / len(x), peer.score(x.numpy()), rel_tol=1e-9)
 
-
 def test_the_cost_is_the_gaussian_density_with_the_tied_covariance():
     x, r = overlapping(D=9)
     m = m_step(x, r, torch.tensor([1, 2, 5, 8]), 1)
@@ -75,11 +68,9 @@ def test_the_cost_is_the_gaussian_density_with_the_tied_covariance():
         assert np.allclose(cost(x, m, 8)[k], -2 * (density + m.log_pi[k].item()), rtol=1e-8)
         assert torch.allclose(together[1, 3 - k], cost(x, m, 8)[k])
 
-
 def test_scree_stops_after_the_last_drop_above_a_fifth_of_the_largest():
     spectra = torch.tensor([[10.0, 1, 0.9, 0.8], [10, 9, 8, 0], [10, 10, 10, 10], [10, 4, 3, 2.9]])
     assert scree(spectra).tolist() == [1, 3, 1, 1]
-
 
 # In float32 a cost is a difference of numbers of size D / FLOOR, 8,000, rounded to 1e-3.
 @pytest.mark.parametrize("seed, dtype, rounding", [
@@ -95,7 +86,6 @@ def test_the_likelihood_never_falls_although_d_is_chosen_anew_and_em_ends_as_it_
     rises = np.diff(history) / len(x)
     assert len(history) < 200 and rises[-1] <= 1e-3 < rises[:-1].min()
 
-
 def test_units_do_not_influence_each_other_and_anchors_shift_and_scale_with_them():
     model, c = fitted((3, 5), n=800)
     for other in (0 * c[:, 0], c[:1, 0].expand(800, -1), c[:, 0] ** 2):
@@ -104,7 +94,6 @@ def test_units_do_not_influence_each_other_and_anchors_shift_and_scale_with_them
     model, moved = DyGA(2).fit(c.double()), DyGA(2).fit(8 * c.double() - 3)
     assert torch.equal(model.mask, moved.mask)
     assert torch.allclose(8 * model.anchors[model.mask] - 3, moved.anchors[moved.mask], atol=1e-3)
-
 
 @pytest.mark.parametrize("accept, k_init, n", [("always", 8, 2500), ("bic", 1, 5000)])
 def test_the_papers_rule_finds_pure_anchors_and_bic_finds_the_number_of_levels(accept, k_init, n):
@@ -118,7 +107,6 @@ def test_the_papers_rule_finds_pure_anchors_and_bic_finds_the_number_of_levels(a
              for K, right, pair in zip(model.mask.sum(1), levels, pairs)]
     assert sum(pure) >= 19 and (accept == "always" or (sum(exact) >= 18 and exact[2]))
 
-
 @pytest.mark.parametrize("options, anchors", [
     (dict(spread=100.0, split_odds=0.0), [1, 1]),  # nothing is wide
     (dict(split_odds=0.0), [2, 6]),  # wide clusters are split, narrow ones are not
@@ -131,7 +119,6 @@ def test_clusters_are_split_if_they_are_wide_and_once_at_random(options, anchors
     assert steps == [(1, K) for K in anchors]
     assert torch.allclose((model.log_pi.exp() * model.mask).sum(1), torch.ones(2))
 
-
 def test_a_cluster_has_responsibility_above_a_half_and_spread_is_the_mean_distance_to_its_mean():
     x, r = overlapping(n=400)
     m = m_step(x, r, 1, 5)
@@ -140,7 +127,6 @@ def test_a_cluster_has_responsibility_above_a_half_and_spread_is_the_mean_distan
     for r, part, spread in zip(r, *dyga.clusters(x, m)):
         assert torch.equal(part, x[r > 0.5])
         assert math.isclose(spread, (part - part.mean(0)).norm(dim=1).mean())
-
 
 def test_small_clusters_are_dropped_and_the_rest_refitted():
     c, _ = toy_units([3], 2000, generator(), noise=0.02)
@@ -153,7 +139,6 @@ def test_small_clusters_are_dropped_and_the_rest_refitted():
     anchors, size = model.anchors[0][model.mask[0]], model.nearest(c)[1][:, 0].bincount()
     assert (anchors - c[0, 0]).norm(dim=1).min() > 20 and size.min() >= 10
 
-
 UNITS, _ = toy_units([3, CONTINUOUS], 400, generator(), dim=8)
 SPOILT = UNITS.clone()
 SPOILT[7, 1, 2] = 1e6
@@ -164,7 +149,6 @@ HARD = {"constant unit": torch.stack([UNITS[:, 0], torch.full((400, 8), 3.7)], 1
         "tiny numbers": UNITS * 1e-12, "huge numbers": UNITS * 1e12, "far mean": UNITS + 1e4,
         "float16": UNITS.half(), "bfloat16": UNITS.bfloat16(), "float64": UNITS.double(),
         "one varying number": torch.cat([UNITS[..., :1], torch.zeros(400, 2, 7)], -1)}
-
 
 @pytest.mark.parametrize("options", [dict(), dict(k_init=1, accept="bic")], ids=["always", "bic"])
 @pytest.mark.parametrize("c", HARD.values(), ids=HARD)
@@ -180,7 +164,6 @@ def test_hard_input_gives_finite_anchors_and_of_a_constant_unit_itself(c, option
         assert model.mask[i].sum() == 1 and torch.equal(c_tilde[:, i], c[:, i])
         assert torch.allclose(model.anchors[i, 0], c[0, i].float())
 
-
 def test_nan_inf_and_wrong_shapes_raise_an_error_and_until_a_first_fit_align_is_the_identity():
     c, model = torch.ones(50, 3, 32), DyGA(3)
     for wrong in (c[:, :2], c[..., :5], c[0], c[:0], c.long()):
@@ -195,7 +178,6 @@ def test_nan_inf_and_wrong_shapes_raise_an_error_and_until_a_first_fit_align_is_
     with pytest.raises(ValueError, match="expected always or bic"):
         DyGA(3, accept="aic")
 
-
 def test_a_fit_follows_its_generator_alone_moves_no_global_one_and_align_ignores_autocast():
     state = torch.get_rng_state()
     a, other = (DyGA(2, dim=8).fit(UNITS, generator(s)) for s in (1, 2))
@@ -205,7 +187,6 @@ def test_a_fit_follows_its_generator_alone_moves_no_global_one_and_align_ignores
     assert torch.equal(state, torch.get_rng_state()) and not torch.equal(a.anchors, other.anchors)
     assert all(torch.equal(x, y) for x, y in zip(a.buffers(), again.buffers(), strict=True))
     assert torch.equal(c_tilde, a.align(UNITS)) and not list(a.parameters())
-
 
 def test_align_is_equation_6_with_the_anchor_of_highest_responsibility_and_bears_a_zero():
     model, c = fitted(lam=0.3)
@@ -228,7 +209,6 @@ def test_align_is_equation_6_with_the_anchor_of_highest_responsibility_and_bears
     model.lam = 0.0
     assert torch.equal(model.align(c), c)
 
-
 def test_the_gradient_of_align_is_the_formula_of_its_docstring():
     model, c = fitted((3, 5), n=500, lam=20.0)  # large, so that the gradient through delta counts
     for x in c[:4].split(1):
@@ -243,7 +223,6 @@ def test_the_gradient_of_align_is_the_formula_of_its_docstring():
         assert (jacobian[0, :, 1] == 0).all()  # no unit has an influence on another
     assert not any(buffer.requires_grad for buffer in model.buffers())
 
-
 def test_running_the_file_prints_how_many_anchors_units_got(monkeypatch, capsys):
     monkeypatch.setattr(dyga, "toy_units", lambda levels, n, *more, **how: toy_units(
         levels, 1_000, *more, **how))  # in place of 4,000, for time
@@ -252,14 +231,12 @@ def test_running_the_file_prints_how_many_anchors_units_got(monkeypatch, capsys)
     levels, paper, bic = (json.loads(line[line.index("["):line.index("]") + 1]) for line in lines)
     assert paper[0] == bic[0] == 1 and bic[levels.index(5)] == 5
 
-
 def test_of_two_readings_of_one_hue_one_is_kept_and_a_constant_unit_never_is():
     torch.manual_seed(0)
     hue, size = torch.rand(4_000), torch.rand(4_000)
     # A hue is a circle: these two are cut open at different colours, and correlate by -0.26 only.
     s = torch.stack([4 * hue, torch.zeros(4_000), 3 * ((hue + 0.3) % 1), 2 * size], 1)  # (n, N)
     assert informative_units(s, least=0.5) == [0, 3]
-
 
 def test_a_unit_is_redundant_if_it_adds_little_for_what_was_known_of_it():
     # Two uniform numbers; with odds p = 0.6 the second repeats the first. It adds (1 - p^2) / 2 =
@@ -271,7 +248,6 @@ def test_a_unit_is_redundant_if_it_adds_little_for_what_was_known_of_it():
     assert informative_units(s, least=0.33, most=1e9) == [0, 1]
     assert len(informative_units(s, least=0.39, most=1e9)) == 1
 
-
 def test_the_sine_of_a_hue_is_redundant_beside_its_cosine_though_none_predicts_the_other():
     # Each times the area that has the hue. E[sine | cosine] = 0, but the sine's size is known.
     hue, area, other = torch.rand(3, 4_000, generator=torch.Generator().manual_seed(0))
@@ -280,12 +256,10 @@ def test_the_sine_of_a_hue_is_redundant_beside_its_cosine_though_none_predicts_t
     assert informative_units(s, least=0.5) == [0, 2]
     assert informative_units(s, least=0.5, most=1) == [0, 1, 2]
 
-
 def test_of_two_factors_and_their_sum_the_factors_are_kept_though_the_sum_explains_most():
     s = torch.rand(4_000, 3, generator=torch.Generator().manual_seed(0))
     s[:, 2] = 0.4 * (s[:, 0] + s[:, 1])  # more Gaussian than either, so it comes last
     assert informative_units(s, least=0.35) == [0, 1]
-
 
 def test_unmixing_parts_two_factors_at_an_angle_as_scikit_learn_does_and_leaves_the_rest():
     factors = torch.rand(4_000, 3, generator=torch.Generator().manual_seed(0))

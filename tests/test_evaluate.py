@@ -35,29 +35,24 @@ SMALL = {"factorvae": dict(n_variance=500, n_train=400, n_test=200),
          "infomec": dict(n_train=1000), "gbt": dict(n_train=200, n_test=100, jobs=1)}
 SMALL |= dict.fromkeys(("mig", "modularity", "modularity_active"), dict(n_train=2000))
 
-
 def score(metric, codes, sizes=SIZES, **settings):
     """A metric's numbers, a list; codes: of every image."""
     function = evaluate.METRICS[metric][0]
     found = function(lambda idx: codes[idx], sizes, **(SMALL[metric] | settings))
     return list(found.values()) if isinstance(found, dict) else [found]
 
-
 def perfect(*units):
     """One unit per factor, a different number for each value; `units` reorders or picks them."""
     return GRID[:, list(units) or [0, 1, 2]].astype(np.float32)
-
 
 def mixed():
     """Units 0 and 1 are factors 1 and 2 turned by 45 degrees. Unit 2 is factor 0."""
     a, b = GRID[:, 1] / 3, GRID[:, 2] / 4
     return np.stack([a + b, a - b, GRID[:, 0]], 1).astype(np.float32)
 
-
 def noise(seed=0, units=3):
     """Codes that depend on the image but on no factor."""
     return np.random.default_rng(seed).normal(size=(60, units)).astype(np.float32)
-
 
 @pytest.mark.parametrize("metric, codes, words, expected, within", [
     *((metric, codes, words, [score], 0) for codes in (perfect() * 0.01, np.ones((60, 4)))
@@ -69,7 +64,6 @@ def test_too_few_active_units_give_zero_or_nan_and_a_reason(metric, codes, words
     with pytest.warns(UserWarning, match=words):
         found = score(metric, codes)
     assert found[:len(expected)] == pytest.approx(expected, abs=within, nan_ok=True)
-
 
 def test_factor_vae_counts_its_votes_as_a_plain_loop_does():
     codes, rng = noise(1, 4).astype(float), np.random.default_rng(3)
@@ -87,11 +81,9 @@ def test_factor_vae_counts_its_votes_as_a_plain_loop_does():
     expected = test[np.arange(4), names].sum() / 200
     assert score("factorvae", noise(1, 4), seed=3, batch=16) == [expected]
 
-
 def test_dci_punishes_a_turned_code_by_as_much_in_one_process_as_in_two():
     one, two = (score("dci", mixed(), jobs=jobs) for jobs in (1, 2))
     assert one == two and one[0] < 0.8
-
 
 def test_mutual_information_agrees_with_scikit_learn():
     rng = np.random.default_rng(0)
@@ -102,7 +94,6 @@ def test_mutual_information_agrees_with_scikit_learn():
         labels = np.digitize(codes[:, u], np.histogram(codes[:, u], 20)[1][:-1])
         assert mi[u, k] == approx(mutual_info_score(labels, factors[:, k]))
     assert h[0] == approx(mutual_info_score(factors[:, 0], factors[:, 0]))
-
 
 # FactorVAE of one unit is the chance of its factor. DCI: a factor spread over 2 of U units would
 # have completeness 1 - log 2 / log U; with one unit for each, dead units leave 1. Two factors in
@@ -135,12 +126,10 @@ def test_scores_by_hand(metric, codes, sizes, expected, within):
     found = score(metric, codes, sizes)[:np.size(expected)]
     assert found == approx(np.ravel(expected), within)
 
-
 def test_infoe_is_zero_of_noise():
     rng = np.random.default_rng(0)
     noisy = evaluate.infomec(lambda idx: rng.normal(size=(len(idx), 3)), SIZES, n_train=2000)
     assert noisy["infoe"] == approx(0, 0.01)
-
 
 @pytest.mark.parametrize("metric", [name for name in SMALL if name != "gbt"])
 def test_a_score_is_repeatable_lower_for_noise_and_leaves_out_a_factor_of_one_value(metric):
@@ -155,14 +144,12 @@ def test_a_score_is_repeatable_lower_for_noise_and_leaves_out_a_factor_of_one_va
     assert np.isfinite(score(metric, noise(units=60), seed=5, **few)).all()
     assert (np.random.get_state()[1] == before).all()  # the global one
 
-
 def test_of_labels_no_image_is_drawn_twice_and_fewer_images_are_shared_in_proportion():
     x, y, x_test, y_test = evaluate.Sampler(lambda idx: idx[:, None], LABELS, 0).split(600, 300)
     assert len(x_test) == 30 and sorted([*x[:, 0], *x_test[:, 0]]) == list(range(90))
     assert (y_test == LABELS[x_test[:, 0].astype(int)]).all()
     rare = LABELS * [1, 1, 0] + np.eye(90, dtype=int)[:, 7:8] * [0, 0, 1]  # none to learn from
     assert 0 < score("dci", LABELS.astype(float), rare, n_train=5)[2] < 1
-
 
 @pytest.mark.parametrize("ask, words", [
     *((partial(score, metric, perfect() + [0, np.nan, 0]), r"NaN .* \[1\]") for metric in SMALL),
@@ -179,7 +166,6 @@ def test_nan_is_refused_by_unit_and_so_are_shapes_and_labels_that_a_score_cannot
     with pytest.raises((ValueError, data.UserError), match=words):
         ask()
 
-
 TINY = data.Dataset("tiny", "", "", lambda idx: picture(torch.stack(torch.unravel_index(
     idx, (2, 3, 4)), 1)), dict(images=24, factors=dict(a=2, b=3, c=4)), "cpu")
 RNG = np.random.default_rng(0)
@@ -188,7 +174,6 @@ bits = lambda x: torch.stack([x[:, 0], x[:, 1], x[:, 2] // 2, x[:, 2] % 2], 1)  
 of_bits = lambda c: torch.stack([c[:, 0], c[:, 1], 2 * c[:, 2] + c[:, 3]], 1)  # noqa: E731
 any_image = lambda c: TINY.factors(torch.from_numpy(RNG.integers(24, size=len(c))))  # noqa: E731
 PERFECT, ONE_BIT, CHANCE = [1, 1, 1, 0], [1 / 3, 1, 1 / 3], [1 / 2, 2 / 24, 1 / 24, 1 / 2]
-
 
 # The renderer behind fake models. One bit is all that is missing to one of three other values.
 @pytest.mark.parametrize("way, groups, units, decode, a, b, c", [
@@ -215,11 +200,9 @@ def test_control_is_what_a_models_construction_gives(way, groups, units, decode,
     assert found["mean"]["moved"][way] == approx(np.mean(
         [found[name]["moved"][way] for name in "abc"]))
 
-
 A = np.random.default_rng(0).integers(0, 2, size=(4000, 3))  # attributes
 CONTINUOUS = A + np.random.default_rng(1).uniform(0, 0.5, size=A.shape)
 CONSTANT, TWINS = A * [1, 0, 1], A[:, [0, 0, 2]]  # nobody has one; one gives another away
-
 
 # Two values a unit: above the least threshold TPR = 1, FPR = 0, an AUROC of 1; other units guess.
 # "Below" never includes the largest value: a falling unit of two values is missed, by the rule.
@@ -231,19 +214,16 @@ def test_tad_by_hand(codes, attributes, tad, captured):
     result = evaluate.tad(codes.astype(float), attributes)
     assert (result["tad"], result["captured"]) == (approx(tad, 0.15), captured)
 
-
 def test_the_stepped_auroc_by_hand():
     # Thresholds 0, 0.5, 1. z >= t gives (FPR, TPR) = (1, 1), (1/2, 1), (1/2, 1/2); sorted FPR 1/2,
     # 1/2, 1 and TPR 1/2, 1, 1: area 1 * 0 + 1 * 1/2. Reversed, FPR 0, 1/2, 1/2, TPR 0, 0, 1/2: 0.
     assert evaluate.stepped_auroc(np.array([0, 0.5, 1, 1]), np.array([0, 1, 0, 1]), 0.5) == 0.5
-
 
 @pytest.mark.parametrize("a, b", [
     (np.arange(1.0, 6), np.array([2.0, 2, 2, 0, 2])), (np.eye(5)[0], np.eye(5)[1])])
 def test_frechet_distance_of_covariances_that_commute_is_that_of_their_roots(a, b):
     found = fid.frechet_distance(np.ones(5), np.diag(a ** 2), np.ones(5), np.diag(b ** 2))
     assert found == approx(((a - b) ** 2).sum())
-
 
 @pytest.mark.parametrize("brighter", [0, 7])
 def test_fid_of_images_brighter_by_a_constant_is_the_squared_shift(brighter):
@@ -259,14 +239,12 @@ def test_fid_of_images_brighter_by_a_constant_is_the_squared_shift(brighter):
     with pytest.warns(UserWarning, match="2,048"):
         assert fid.fid(model, ds, colour_means, 130, 1) == approx(3 * brighter ** 2)
 
-
 def test_the_pca_of_all_units_at_once_agrees_with_scikit_learn():
     c = torch.randn(200, 3, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9)
     scalars = evaluate.project(c, evaluate.fit_pca(c)).numpy()
     for u in range(3):
         expected = PCA(1).fit_transform(c[:, u].numpy())[:, 0]
         assert np.allclose(np.abs(scalars[:, u]), np.abs(expected), atol=1e-4)  # the sign is free
-
 
 def test_every_image_is_encoded_once():
     seen = []
@@ -275,7 +253,6 @@ def test_every_image_is_encoded_once():
     for idx in ([3, 1, 3], [1, 4], [3]):
         assert encode(np.array(idx))[:, 0].tolist() == idx
     assert sorted(seen) == [1, 3, 4]
-
 
 def test_anchors_of_groups_far_apart_are_pure_and_alignment_raises_their_margin():
     label, half = np.arange(400) % 2, np.arange(400) // 200  # factors
@@ -289,7 +266,6 @@ def test_anchors_of_groups_far_apart_are_pure_and_alignment_raises_their_margin(
     assert after["margin"] > before["margin"] > 0.8
     probe.favourite[:] = 1
     assert evaluate.separation(anchors, probe)["before"]["purity"] == approx(0.5, 0.01)  # chance
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -306,7 +282,6 @@ def checkpoint(tmp_path_factory):
     (path.parent / "log.jsonl").write_text('{"images": 32, "loss": 0.5}\n')
     return path
 
-
 @pytest.fixture
 def command(checkpoint, monkeypatch, capsys, tmp_path):
     """Calls evaluate.py in a folder with ckpt.pt -> exit code, what it said, its folder."""
@@ -321,7 +296,6 @@ def command(checkpoint, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copy(checkpoint, "ckpt.pt")
     return run
-
 
 def test_the_command_gives_scores_beside_the_papers_pictures_and_one_page(checkpoint):
     command = [sys.executable, "evaluate.py", checkpoint, "--quick", "--device", "cpu",
@@ -346,7 +320,6 @@ def test_the_command_gives_scores_beside_the_papers_pictures_and_one_page(checkp
     assert set(found["anchors"]) == {"before", "after"}
     assert set(found["control"]) == {"floor hue", "scale", "shape", "mean"}
 
-
 @pytest.mark.parametrize("factors, only, words, figure, possible", [
     ({}, "figures", ["No scores: "], "interchange.png", "choose from figures"),
     ({"hue": 2, "size": 4}, "dci,infomec", ["dci: train 20, test 20", "infomec: train 40"],
@@ -366,13 +339,11 @@ def test_images_that_form_no_grid_get_the_scores_that_their_labels_allow_or_the_
     assert ('"No scores: ' in (out / "index.html").read_text()) != bool(factors)
     assert possible in command("ckpt.pt", "--only", "mig")[1]
 
-
 def test_of_a_table_columns_of_one_value_or_of_a_value_for_each_image_are_left_out():
     rng = np.random.default_rng(0)
     labels, codes = rng.integers(0, 3, (90, 2)), rng.normal(size=(90, 3))
     more = np.column_stack([labels[:, 0], np.zeros(90, int), np.arange(90), labels[:, 1]])
     assert evaluate.infomec(codes.__getitem__, more) == evaluate.infomec(codes.__getitem__, labels)
-
 
 @pytest.mark.parametrize("arguments, words", [
     *((["ckpt.pt", "--seed", seed], "--seed") for seed in ("nan", "inf", "-1", "1e99", 10**30)),
@@ -386,7 +357,6 @@ def test_a_wrong_flag_or_missing_file_is_one_line_and_writes_nothing(
         monkeypatch.setattr(evaluate, "TEMPLATE", Path(words))
     code, said, out = command(*arguments)
     assert code == 2 and said.count("\n") == 1 and words in said and not out.exists()
-
 
 @pytest.mark.parametrize("arrays, words", [
     ({"any": CARS}, ""), ({"codes": CARS[:, :, None] * np.ones(4), "labels": np.zeros(2)}, ""),
@@ -405,7 +375,6 @@ def test_codes_of_a_file_are_scored_without_images_or_refused_in_a_line(command,
     assert code == 0 and "a.npz: cars3d, codes" in said and "paper 0.941+-0.002" in said
     assert json.loads((out / "metrics.json").read_text())["scores"]["factorvae"]["value"] == 1
     assert {path.name for path in out.iterdir()} == {"metrics.json", "index.html"}
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -437,7 +406,6 @@ def browser(tmp_path_factory):
         return json.loads(html.unescape(re.search("<body>(.*)</body>", found)[1]))
     return run
 
-
 def test_the_slider_is_reached_by_tab_and_turns_the_factor_by_steps_or_by_a_click(browser):
     stops, first, turned, said, back, count, chosen, clicked, other, now = browser("""
         const stops = [...document.querySelectorAll("*")].filter(x => x.tabIndex >= 0);
@@ -453,7 +421,6 @@ def test_the_slider_is_reached_by_tab_and_turns_the_factor_by_steps_or_by_a_clic
     assert (count, chosen, clicked) == (4, "chosen", "value 4 of 4")
     assert other not in (first, turned) and now == "value 2 of 2"  # another unit, other pictures
 
-
 def test_the_page_leads_with_the_slider_ends_with_the_notes_and_shows_what_there_is(browser):
     order, width, text, *shown = browser("""
         [[...document.querySelectorAll("[id]")].map(x => x.id),
@@ -467,7 +434,6 @@ def test_the_page_leads_with_the_slider_ends_with_the_notes_and_shows_what_there
     for words in ("0.500", "Silent units", "</script>: unit", "best unit alone\t0.500", "train 9"):
         assert words in text
     assert shown == [True, True, 900]
-
 
 def test_a_cell_of_the_matrix_is_the_darker_the_more_its_unit_knows_and_units_have_names(browser):
     text, dark, light = browser("""

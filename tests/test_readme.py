@@ -14,12 +14,10 @@ ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
 PAGES = README + (ROOT / "assets/results/README.md").read_text()
 
-
 def test_a_first_reader_needs_at_most_2000_words_and_every_local_link_and_picture_exists():
     links = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
     assert links and not [link for link in links if not (ROOT / link).exists()]
     assert len(README.split()) <= 2_000
-
 
 def test_every_command_parses_and_every_flag_in_the_text_exists():
     parsers = {"train.py": train.build_parser(), "evaluate.py": evaluate.build_parser()}
@@ -33,7 +31,6 @@ def test_every_command_parses_and_every_flag_in_the_text_exists():
     flags = set(re.findall(r"`(--(?:no-)?[a-z_0-9.]+)", README))
     assert len(flags) >= 8 and flags <= set(re.findall(r"--(?:no-)?[a-z_0-9.]+", known))
 
-
 def test_line_counts_are_right_within_a_tenth_and_every_test_that_the_pages_name_exists():
     rows = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README))
     true = {name: (ROOT / name).read_text().count("\n") for name in rows}
@@ -42,7 +39,6 @@ def test_line_counts_are_right_within_a_tenth_and_every_test_that_the_pages_name
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", PAGES))
     assert len(named) > 5 and named <= set(re.findall(r"^def (\w+)\(", tests, re.M))
-
 
 def test_the_numbers_table_has_mean_and_deviation_of_the_recorded_runs():
     names = ["factorvae", "dci_disentanglement", "mig", "sap",

@@ -16,7 +16,6 @@ UNITS, UNET = "cond_stage_model.", "model.diffusion_model."
 IMAGES = torch.arange(2 * 3 * 64 * 64).mul(7919).remainder(251).view(2, 3, 64, 64).byte()
 Z = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16)
 
-
 @pytest.fixture(scope="module")
 def theirs():
     """{name: weight} of a file with 3 units of 8 numbers, a narrow extractor and U-Net."""
@@ -38,12 +37,10 @@ def theirs():
             weights[name] = torch.tensor(scale * draw + norm).float()
     return weights | {"scale_factor": torch.tensor(0.37)}
 
-
 def test_the_names_and_shapes_are_those_of_the_papers_repository(theirs):
     lines = sorted(f"{name} {tuple(x.shape)}\n" for name, x in theirs.items())
     assert (len(lines), hashlib.sha256("".join(lines).encode()).hexdigest()) == (
         999, "d248fd49e8f473c139bc9008824e1c3c1861c3fddc9a369ade008ca4ad40f723")
-
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_every_network_of_a_converted_file_computes_what_theirs_does_and_gets_scores(
@@ -69,7 +66,6 @@ def test_every_network_of_a_converted_file_computes_what_theirs_does_and_gets_sc
         assert main(evaluate, tmp_path / "ckpt.pt", *only) == 0
         assert "No anchors" in capsys.readouterr().out
 
-
 @pytest.mark.parametrize("name, weight, words", [
     (f"{UNET}middle_block.1.proj_out.bias", None, "has no .*middle_block.1.proj_out.bias"),
     (f"{UNET}label_emb.weight", torch.ones(2), "label_emb.weight has no place"),
@@ -79,7 +75,6 @@ def test_a_tensor_that_is_wrong_is_named_in_one_line(theirs, tmp_path, name, wei
     torch.save(theirs | {name: weight}, tmp_path / "model.ckpt")  # a plain state_dict
     with pytest.raises(data.UserError, match=f"^[^\n]*{words}[^\n]*$"):
         released.convert(tmp_path / "model.ckpt", "shapes3d")
-
 
 def test_code_in_a_file_does_not_run_and_of_a_damaged_one_a_line_says_how_to_re_save_it(tmp_path):
     path, victim = tmp_path / "model.ckpt", tmp_path / "victim"

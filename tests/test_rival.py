@@ -18,13 +18,11 @@ COVARIANCE = torch.tensor([[1, RHO], [RHO, 1]])
 FEW = ["--vary", "floor hue,shape", "--device", "cpu", "--images", "96", "--batch", "16",
        "--extractor.shrink", "4", "--extractor.channels", "8", "16", "--units", "3"]
 
-
 def model(monkeypatch, *flags):
     """The networks that a command line asks for."""
     monkeypatch.setattr(sys, "argv", ["rival.py", *flags])
     torch.manual_seed(0)
     return rival.Rival(rival.parse())
-
 
 def narrow(n):
     """n narrow q(z|x) whose mixture is normal with COVARIANCE, and a draw from each (n, 2)."""
@@ -32,7 +30,6 @@ def narrow(n):
     means = MultivariateNormal(torch.zeros(2), COVARIANCE - 0.04 * torch.eye(2)).sample((n,))
     q = Normal(means, 0.2)
     return q, q.sample()
-
 
 def test_either_total_correlation_is_that_of_the_normals_and_three_parts_add_up_to_the_divergence():
     q, z = narrow(2_000)
@@ -45,13 +42,11 @@ def test_either_total_correlation_is_that_of_the_normals_and_three_parts_add_up_
     logits = torch.stack([joint.log_prob(z), rival.PRIOR.log_prob(z).sum(1)], 1)  # (n, 2)
     assert rival.density_ratio(logits).item() == pytest.approx(TRUE_TC, abs=0.02)
 
-
 def test_permuted_dims_keep_every_column_and_are_independent():
     _, z = narrow(20_000)
     permuted = rival.permute_dims(z)
     assert torch.equal(permuted.sort(0).values, z.sort(0).values)
     assert z.T.corrcoef()[0, 1] > 0.75 and permuted.T.corrcoef()[0, 1].abs() < 0.03
-
 
 @pytest.mark.parametrize("shift", [0, 0.1])
 def test_a_perfect_reconstruction_costs_nothing_and_a_shift_by_d_half_p_1_minus_p_d_squared(shift):
@@ -61,13 +56,11 @@ def test_a_perfect_reconstruction_costs_nothing_and_a_shift_by_d_half_p_1_minus_
     # p (1 - p) is 1/6 on average.
     assert found == pytest.approx(3 * 64 * 64 / 6 * shift**2 / 2, rel=0.05, abs=0.05)
 
-
 def test_the_decoder_is_as_large_as_the_laptop_presets_unet(monkeypatch):
     net = model(monkeypatch)
     unet = train.UNet(net.cfg["vqgan.z_channels"], context_dim=32, **train.part(net.cfg, "unet"))
     sizes = [sum(p.numel() for p in part.parameters()) for part in (net.decoder, unet)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
-
 
 def test_batches_are_train_pys_anchors_those_of_the_means_units_and_a_diverged_run_is_one_line(
         monkeypatch):
@@ -85,7 +78,6 @@ def test_batches_are_train_pys_anchors_those_of_the_means_units_and_a_diverged_r
     torch.nn.init.constant_(net.decoder[0].bias, math.nan)
     with pytest.raises(data.UserError, match="^image 0: the loss is nan; .* --lr$"):
         rival.fit(net, ds)
-
 
 @pytest.mark.parametrize("flags", [
     "--method beta_tcvae", "--method factorvae --optimizer adamw", "--method factorvae --plug_in",

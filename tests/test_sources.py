@@ -24,7 +24,6 @@ SIZES = {"shapes3d": (2, 2, 2, 2, 2, 3), "cars3d": (4, 4, 4), "mpi3d_toy": (2, 2
          "celeba": (64,)}
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no users, limits and signals")
 
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Make all four datasets small: fewer values per factor."""
@@ -33,23 +32,19 @@ def small(monkeypatch):
         facts["factors"] = dict(zip(facts["factors"], sizes))
         monkeypatch.setitem(data.DATASETS, name, facts)
 
-
 def pictures(n, height=64, width=64):
     """n different smooth images, uint8 (n, height, width, 3)."""
     i, y, x = np.arange(n)[:, None, None], np.arange(height)[:, None], np.arange(width)
     channels = [37 * i + x + 0 * y, 11 * i + y + 0 * x, 5 * i + (x + y) // 2]
     return np.stack(channels, -1).astype(np.uint8)
 
-
 # ---- Writers: the files as they are published, but small. Keyword arguments make them wrong. -----
-
 
 def write_shapes3d(folder, images="images", shape=(64, 64), dtype=np.uint8, n=96):
     """3dshapes.h5: images in chunks under gzip (and labels, which nobody reads)."""
     with h5py.File(folder / "3dshapes.h5", "w") as file:
         file.create_dataset(images, data=pictures(96, *shape)[:n].astype(dtype),
                             chunks=(16, *shape, 3), compression="gzip")
-
 
 def write_cars3d(folder, cars=(3, 1, 0, 2), key="im", dtype=np.uint8):
     """The .tar.gz: a .mat file per car, in any order, and another dataset."""
@@ -63,7 +58,6 @@ def write_cars3d(folder, cars=(3, 1, 0, 2), key="im", dtype=np.uint8):
             archive.add(folder / "car.mat", f"data/cars/car_{car:03}_mesh.mat")
     (folder / "car.mat").unlink()
 
-
 def write_mpi3d_toy(folder, save=np.savez, images="images", dtype=np.uint8, shape=(64, 64), n=128,
                     short=0):
     """The .npz, its member stored or deflated, or `short` bytes too short."""
@@ -73,7 +67,6 @@ def write_mpi3d_toy(folder, save=np.savez, images="images", dtype=np.uint8, shap
             member = archive.read("images.npy")
         with zipfile.ZipFile(folder / "mpi3d_toy.npz", "w") as archive:
             archive.writestr("images.npy", member[:-short])
-
 
 def write_celeba(folder, n=64, inside="img_align_celeba/", names="Bald Smiling Old", unpack=None):
     """The .zip, or the folder `unpack`, and the list: attributes are bits of a face's number."""
@@ -91,10 +84,8 @@ def write_celeba(folder, n=64, inside="img_align_celeba/", names="Bald Smiling O
     lines = [" ".join(row) for row in [[str(n)], names.split(), *rows]]
     (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-
 WRITE = {"shapes3d": write_shapes3d, "cars3d": write_cars3d, "mpi3d_toy": write_mpi3d_toy,
          "celeba": write_celeba}
-
 
 def write(folder, name, without=None, cut=False, **how):
     """Write a dataset's files, but for one of them, or but for the last third of the first."""
@@ -105,11 +96,9 @@ def write(folder, name, without=None, cut=False, **how):
         path = folder / data.DATASETS[name]["files"][0]
         path.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
 
-
 def pixels(dataset):
     """Every image of a dataset, uint8 (n, 64, 64, 3)."""
     return dataset.images(torch.arange(len(dataset))).permute(0, 2, 3, 1).numpy()
-
 
 @pytest.mark.parametrize("name, how", [
     ("shapes3d", {}), ("cars3d", {}), ("mpi3d_toy", {}),
@@ -139,7 +128,6 @@ def test_images_come_in_row_major_order_whatever_the_form_and_then_the_npy_is_en
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert np.array_equal(pixels(data.load(name, tmp_path, "official")), pixels(ds))
 
-
 @pytest.mark.parametrize("name", SIZES)
 def test_data_train_and_evaluate_run_on_it(tmp_path, capsys, monkeypatch, name, main):
     WRITE[name](tmp_path)
@@ -167,7 +155,6 @@ def test_data_train_and_evaluate_run_on_it(tmp_path, capsys, monkeypatch, name, 
                 f"{metric},figures") == 0
     assert {"metrics.json", "index.html", "units.png"} <= set(os.listdir(out / "eval"))
     assert f"{name}, official" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("name, how, words", [
     ("shapes3d", lambda folder: (folder / "3dshapes.h5").write_text("404 not found"), "signature"),
@@ -208,7 +195,6 @@ def test_a_wrong_file_is_told_leaves_nothing_and_the_right_one_then_works(
     WRITE[name](tmp_path)  # CelebA's .zip wins over a broken folder
     assert len(data.load(name, tmp_path, "official")) == math.prod(SIZES[name])
 
-
 @pytest.mark.parametrize("name", SIZES)
 def test_a_missing_file_is_named_with_the_folder_and_the_address(tmp_path, name):
     for folder in tmp_path, tmp_path / "no such folder":
@@ -216,13 +202,11 @@ def test_a_missing_file_is_named_with_the_folder_and_the_address(tmp_path, name)
         with pytest.raises(data.UserError, match=words):
             data.load(name, folder, source="official")
 
-
 def test_a_bug_in_a_reader_is_no_damage(tmp_path, monkeypatch):
     write_mpi3d_toy(tmp_path)
     monkeypatch.setitem(data.READERS, "mpi3d_toy", lambda path, facts: iter([None.missing]))
     with pytest.raises(AttributeError):
         data.load("mpi3d_toy", tmp_path)
-
 
 @POSIX
 def test_on_a_full_disk_the_systems_own_reason_is_told_and_nothing_is_left(tmp_path):
@@ -234,7 +218,6 @@ def test_on_a_full_disk_the_systems_own_reason_is_told_and_nothing_is_left(tmp_p
         data.load("mpi3d_toy", tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["mpi3d_toy.npz"]
-
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_mpi3d_is_converted_in_a_small_part_of_its_images_memory(tmp_path, monkeypatch, save):

@@ -15,24 +15,20 @@ import data
 import train
 from conftest import TINY
 
-# A course of a few steps: two fits of the anchors, a selection of units, which are unmixed.
+# A course of a few steps: a selection of units, which are unmixed; anchors are fitted.
 TINY = TINY + ["--dataset", "shapes3d", "--device", "cpu"]
 SHORT = TINY + ("--stage1.images 96 --images 320 --pool_images 128 --fit_images 150 --ddim_steps 2 "
                 "--dyga.k_max 8 --dyga.max_iter 5 --select_at 0.5 --unmix_at 0.5").split()
-
 
 def rows(out, having="images"):
     found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [row for row in found if having in row]
 
-
 def kept(out, name):
     return train.read_checkpoint(out / "ckpt.pt")[name]
 
-
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -43,13 +39,13 @@ def finished(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     return out, result
 
-
 def test_a_run_says_its_choices_and_writes_pictures_and_a_log_of_losses_anchors_selection(finished):
     out, result = finished
     assert {p.name for p in out.iterdir()} == {"ckpt.pt", "log.jsonl", "samples.png"}
     assert {"psnr", "codes_used", "adversarial_weight", "disc_loss"} <= rows(out)[0].keys()
     assert rows(out, "reconstruction_psnr") and rows(out, "loss")[-1]["images"] == 320
-    assert [row["of"] for row in rows(out, "anchors")] == ["training", "training", "average"]
+    fits = [(row["of"], row["images"]) for row in rows(out, "anchors")]
+    assert fits == [("training", 128), ("training", 160), ("training", 256), ("average", 320)]
     assert all(len(row["anchors"]) == 6 for row in rows(out, "anchors"))
     (row,) = rows(out, "kept")  # units were selected once, for both models
     assert row["images"] == 160 and row["kept"]
@@ -60,7 +56,6 @@ def test_a_run_says_its_choices_and_writes_pictures_and_a_log_of_losses_anchors_
     # Progress comes in plain lines: no terminal here, in which to write one over and over.
     progress = [line for line in result.stderr.split("\n") if "stage 2" in line]
     assert 1 <= len(progress) <= 4 and all(line.count("images") <= 2 for line in progress)
-
 
 def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
     model, ckpt = train.load_checkpoint(finished[0] / "ckpt.pt")
@@ -74,14 +69,12 @@ def test_checkpoint_alone_rebuilds_the_averaged_model(finished):
     for name in ("unet.conv_in.weight", "extractor.cnn.1.running_var", "dyga.anchors"):
         assert not torch.equal(ckpt["average"][name], ckpt["model"][name])
 
-
 def test_a_run_takes_numbers_too_small_for_full_precision_as_zero(main):
     # Else momenta that die out make the optimiser twenty times slower on some CPUs.
     supported, small = torch.set_flush_denormal(False), torch.full((1_000,), 1.5e-38)
     assert (small / 2 > 0).all() and main(train, "--help") == 0  # it is the first thing it does
     assert (small / 2 > 0).any() != supported
     torch.set_flush_denormal(False)
-
 
 def test_bfloat16_where_a_gpu_computes_in_it_has_float32_weights_and_losses_near_those_of_float32(
         finished, tmp_path, main, monkeypatch):
@@ -94,7 +87,6 @@ def test_bfloat16_where_a_gpu_computes_in_it_has_float32_weights_and_losses_near
     assert half != exact and half == pytest.approx(exact, rel=0.03)
     trained = [x for name, x in kept(tmp_path, "model").items() if not name.startswith("dyga.")]
     assert {x.dtype for x in trained if x.is_floating_point()} == {torch.float32}
-
 
 def test_a_finished_stage_1_leads_to_the_same_numbers_or_with_other_settings_of_stage_2_to_others(
         finished, tmp_path, main, capsys):
@@ -114,7 +106,6 @@ def test_a_finished_stage_1_leads_to_the_same_numbers_or_with_other_settings_of_
         assert same(ours, theirs) == (not flags)
     assert ours["dyga.mask"].shape[0] == 3
 
-
 @pytest.mark.parametrize("pool, images, fits", [
     (64, 320, [64, 128, 192, 256, 320]), (8, 96, [32, 64, 96])])  # a step of 32 is four passes
 def test_stage_2_draws_from_one_pool_hands_on_its_latents_and_fits_after_each_pass_or_longer_step(
@@ -122,13 +113,12 @@ def test_stage_2_draws_from_one_pool_hands_on_its_latents_and_fits_after_each_pa
     calls, forward = [], train.Model.forward  # of each call: model, images, latents
     monkeypatch.setattr(train.Model, "forward", lambda *call: calls.append(call) or forward(*call))
     flags = [*SHORT, "--out", tmp_path, "--pool_images", pool, "--images", images]
-    assert main(train, *flags, "--stage1.images", 16) == 0
+    assert main(train, *flags, *"--stage1.images 16 --select_at 0 --unmix_at 0".split()) == 0
     assert 0.75 * pool < len({x.numpy().tobytes() for call in calls for x in call[1]}) <= pool
     for model, x0, z0, _ in calls:  # z0 was kept as float16
         torch.testing.assert_close(z0, model.vqgan.encode(x0), atol=1e-3, rtol=1e-3)
     assert [row["images"] for row in rows(tmp_path, "of")] == [*fits, images]
     assert kept(tmp_path, "seen")[2] == images
-
 
 @pytest.mark.parametrize("flags, name, value", [
     ("celeba --preset paper", "batch", 64), ("celeba --preset paper --batch 7", "batch", 7),
@@ -144,7 +134,6 @@ def test_flag_beats_dataset_beats_preset_beats_default_and_all_fit_but_a_batch_f
     with pytest.raises(data.UserError, match="--batch.*: found .*, expected a multiple of 5"):
         train.check_settings(cfg, world=5)
 
-
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e30", str(10 ** 30)])
 def test_every_number_of_a_flag_runs_or_is_refused(value, main, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -159,7 +148,6 @@ def test_every_number_of_a_flag_runs_or_is_refused(value, main, monkeypatch, tmp
         ran[name] = not refused
     # 0 switches it off, or is a value like others.
     assert len(ran) > 50 and (sum(ran.values()) > 15 if value == "0" else not any(ran.values()))
-
 
 # Where "run" is a finished run.
 @pytest.mark.parametrize("flags, words", [
@@ -187,14 +175,12 @@ def test_mistakes_and_contradictions_to_a_run_end_in_one_line_exit_code_2_and_no
     assert "\n" not in line and all(word in line for word in words), line
     assert {*tmp_path.rglob("*")} == files and Path("run/ckpt.pt").read_bytes() == before
 
-
 def test_components_never_import_each_other():
     parts = {"data", "vqgan", "unet", "extractor", "dyga"}
     for name in parts:
         source = Path(train.__file__).with_name(f"{name}.py").read_text()
         imported = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.MULTILINE))
         assert "torch" in imported and not imported & (parts | {"train", "evaluate"}), name
-
 
 @torch.no_grad()
 def test_unmixing_turns_the_kept_scalars_of_both_models_alike_and_keeps_mean_and_deviation():
@@ -209,7 +195,7 @@ def test_unmixing_turns_the_kept_scalars_of_both_models_alike_and_keeps_mean_and
         ds=SimpleNamespace(images=images.__getitem__),
         model=SimpleNamespace(extractor=nets[0]), average=SimpleNamespace(extractor=nets[1]))
     before = train.scalars_of(run)
-    train.unmix_units(run, 0)
+    train.unmix_units(run)
     after = train.scalars_of(run)
     assert len(turns[0]) == 3 and not torch.allclose(after, before, atol=1e-3)
     assert torch.allclose(after.mean(0), before.mean(0), atol=1e-3)

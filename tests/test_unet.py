@@ -10,7 +10,6 @@ import unet as U
 
 ALPHA_BAR = U.alpha_bar_schedule()
 
-
 def small(**options):
     """A small U-Net whose zeroed layers have weights (a fresh one answers 0), and its input."""
     torch.manual_seed(0)
@@ -21,7 +20,6 @@ def small(**options):
             nn.init.normal_(p, std=0.1)
     return net.eval(), (torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 8))
 
-
 def test_paper_size_has_the_papers_parameter_count_answers_zero_first_and_drops_skips_as_released():
     net = U.UNet()
     for where, sides in ("released", {16, 8}), ("text", {2}):
@@ -30,13 +28,11 @@ def test_paper_size_has_the_papers_parameter_count_answers_zero_first_and_drops_
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 3) == 37.550
     assert net(torch.randn(1, 3, 16, 16), torch.tensor([3]), torch.randn(1, 5, 32)).eq(0).all()
 
-
 def test_alpha_bar_is_the_product_of_one_minus_beta():
     beta = [(0.0015 ** 0.5 + (0.0155 ** 0.5 - 0.0015 ** 0.5) * i / 999) ** 2 for i in range(1000)]
     for t in (0, 500, 999):
         product = math.prod(1 - b for b in beta[:t + 1])
         assert ALPHA_BAR[t].item() == pytest.approx(product, rel=1e-5)
-
 
 @pytest.mark.parametrize("times", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("kind, expected", [("mse", 1), ("l1", math.sqrt(2 / math.pi))])
@@ -49,7 +45,6 @@ def test_losses_of_a_unet_that_answers_zero(times, kind, expected):
     torch.manual_seed(0)
     loss = U.diffusion_loss(net, torch.randn(512, 3, 8, 8), None, ALPHA_BAR, kind, times)
     assert loss.item() == pytest.approx(expected, abs=0.02)
-
 
 def test_with_v_weight_1_the_loss_is_the_error_of_v():
     z0, seen = torch.randn(64, 3, 8, 8), {}
@@ -65,7 +60,6 @@ def test_with_v_weight_1_the_loss_is_the_error_of_v():
     error = a.sqrt() * (eps_hat - eps) - (1 - a).sqrt() * (z0_hat - z0)  # of v
     assert loss.item() == pytest.approx(error.square().mean().item(), rel=1e-3)
 
-
 def test_skip_dropout_drops_whole_channels_and_keeps_the_mean():
     torch.manual_seed(0)
     y = U.drop_channels(torch.ones(100, 200, 4, 4), 0.2, training=True)
@@ -75,7 +69,6 @@ def test_skip_dropout_drops_whole_channels_and_keeps_the_mean():
     net, args = small(skip_dropout=0.5)
     assert torch.equal(net(*args), net(*args))  # in training only
     assert not torch.equal(net.train()(*args), net(*args))
-
 
 def test_units_are_a_set_and_maps_of_who_is_looked_up_sum_to_one_and_change_no_result():
     net, (z_t, t, c_tilde) = small()
@@ -90,7 +83,6 @@ def test_units_are_a_set_and_maps_of_who_is_looked_up_sum_to_one_and_change_no_r
     assert (z - fast).abs().max() < 1e-5 * fast.abs().max()  # an untrained net's are far above 1
     torch.testing.assert_close(mean.sum(dim=1), torch.ones(2, 8, 8))
 
-
 @pytest.mark.parametrize("steps", [1, 7, 100])
 def test_ddim_with_a_perfect_denoiser_returns_the_clean_latent(steps):
     def oracle(z_t, t, c_tilde, maps):
@@ -101,7 +93,6 @@ def test_ddim_with_a_perfect_denoiser_returns_the_clean_latent(steps):
     found = U.ddim(oracle, noise, None, ALPHA_BAR, steps)
     torch.testing.assert_close(found, z0, rtol=0, atol=1e-3)
 
-
 def test_after_one_half_life_the_average_has_come_half_way():
     average, module = nn.Linear(3, 2), nn.Linear(3, 2)
     nn.init.zeros_(average.weight)
@@ -109,7 +100,6 @@ def test_after_one_half_life_the_average_has_come_half_way():
     for step in range(100):  # batches of 10: one half-life of 1,000, long after the warm-up
         U.ema_update(average, module, 1000, batch=10, images_seen=1_000_000 + 10 * step)
     torch.testing.assert_close(average.weight, torch.full((2, 3), 0.5), rtol=1e-4, atol=0)
-
 
 # Linear, wide and high; convolution; UnitLinear.
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (8, 4, 3, 3), (5, 4, 16)])

@@ -8,7 +8,6 @@ import vqgan as V
 
 IMAGES = torch.randint(256, (8, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
 
-
 def test_a_latent_becomes_its_nearest_code_and_each_loss_moves_its_own_side_of_the_distance():
     book, z = V.Codebook(20, 3), torch.randn(2, 3, 4, 4, requires_grad=True)
     torch.nn.init.normal_(book.codes)
@@ -23,7 +22,6 @@ def test_a_latent_becomes_its_nearest_code_and_each_loss_moves_its_own_side_of_t
         grads = torch.autograd.grad(loss, [moved, still], allow_unused=True, retain_graph=True)
         assert grads[0].any() and grads[1] is None
 
-
 def test_restart_moves_exactly_the_unused_codes_onto_latents():
     torch.manual_seed(0)
     book, z = V.Codebook(20, 3).train(), torch.randn(2, 3, 4, 4)
@@ -35,7 +33,6 @@ def test_restart_moves_exactly_the_unused_codes_onto_latents():
     rows = z.permute(0, 2, 3, 1).reshape(-1, 3)
     assert all((rows == code).all(dim=1).any() for code in book.codes[~used])
 
-
 def test_paper_size_turns_64x64_pixels_into_3x16x16_latents_and_quantises_before_it_decodes():
     net = V.VQGAN().eval()
     z = net.encode(IMAGES[:2])
@@ -43,7 +40,6 @@ def test_paper_size_turns_64x64_pixels_into_3x16x16_latents_and_quantises_before
     assert net.codebook.codes.shape == (2048, 3) and net.decode(z).shape == (2, 3, 64, 64)
     quantised_twice = net.decode(net.codebook(z)[0])
     torch.testing.assert_close(net.decode(z), quantised_twice, atol=1, rtol=0)  # a grey level
-
 
 @pytest.mark.parametrize("group_channels, passes", [(8, True), (1, False)])
 def test_groups_of_eight_channels_let_the_colour_through_where_ldms_do_not(group_channels, passes):
@@ -53,12 +49,10 @@ def test_groups_of_eight_channels_let_the_colour_through_where_ldms_do_not(group
     one, other = V.norm_silu(32, group_channels)(x)
     assert bool((one - other).abs().max() > 0.1) is passes
 
-
 def test_pixels_become_floats_within_one_and_back_and_an_error_of_one_level_is_48_decibels():
     x = V.to_float(IMAGES)
     assert x.abs().max() <= 1 and torch.equal(V.to_uint8(x), IMAGES)
     assert V.psnr(IMAGES // 2, IMAGES // 2 + 1) == pytest.approx(48.1308, abs=1e-3)  # 20 log10 255
-
 
 def test_adversarial_weight_balances_both_gradients_at_the_last_layer_and_a_blind_hinge_is_one():
     torch.manual_seed(0)
@@ -70,7 +64,7 @@ def test_adversarial_weight_balances_both_gradients_at_the_last_layer_and_a_blin
     g_adversarial, = torch.autograd.grad(-disc(x_hat).mean(), last)
     expected = 0.75 * g_l1.norm() / (g_adversarial.norm() + 1e-4)
     assert row["adversarial_weight"].item() == pytest.approx(expected.item(), rel=1e-2)
-    for p in disc.net[-1].parameters():
+    for p in disc[-1].parameters():
         torch.nn.init.zeros_(p)  # answers 0 for all: both hinges are 1
     _, row = V.stage1_losses(net, disc, x, "l1", disc_weight=0.75, commitment=0.25)
     assert row["disc_loss"].item() == 1
