@@ -24,7 +24,6 @@ TINY = shlex.split("""--preset paper
 def main(monkeypatch):
     """main(train, "--lr", 1) does in this process what the command line would -> exit code."""
     import data
-
     def call(module, *flags):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         try:

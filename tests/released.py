@@ -93,7 +93,6 @@ def their_names(name, n_units):
 def convert(path, dataset):
     """A file of theirs -> a checkpoint of train.py. UserError names the tensor that is wrong."""
     weights, used = read(path), set()
-
     def take(name):
         if name not in weights:
             raise data.UserError(f"{path}: has no {name}; expected a model of dis-dis")

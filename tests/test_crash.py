@@ -65,7 +65,6 @@ def at_call(owner, name, number, action):
         if next(calls) == number:
             action(*args, **kwargs) if callable(action) else signal.raise_signal(action)
         return function(*args, **kwargs)
-
     function, calls = getattr(owner, name), itertools.count(1)
     return lambda: setattr(owner, name, counted)  # in the fork only
 
@@ -142,11 +141,9 @@ def test_a_damaged_or_foreign_file_is_refused_or_as_it_was_and_no_code_in_it_run
     path, trap, draw = tmp_path / "ckpt.pt", tmp_path / "executed", random.Random(0)
     weights = torch.randn(200, generator=torch.Generator().manual_seed(0))
     settings = vars(train.build_parser().parse_args([]))
-
     def saved(config, number=train.FORMAT, **how):
         torch.save({"format": number, "config": config, "model": weights}, path, **how)
         return path.read_bytes()
-
     def refused(content):
         """The one line that refuses a file of this content; "" if it is read, as it was."""
         path.write_bytes(content)

@@ -23,7 +23,6 @@ class Pretended(torch.Tensor):
     """A tensor that says it is on cuda:0; its numbers are in the CPU tensor `held`."""
     device, is_meta = torch.device("cuda:0"), False  # what Python code is told
     __torch_dispatch__ = "must be there, but Pretence comes first"
-
     def __new__(cls, held):  # C++ is told "meta": its autograd refuses cuda without a GPU
         assert held.device.type == "cpu"
         self = torch.Tensor._make_wrapper_subclass(
@@ -49,7 +48,6 @@ class Pretence(TorchDispatchMode):
     """Every operation of torch comes by here: computed on what is held, refused if it mixes."""
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         there, here = {}, []  # pretended tensors by what they hold; the CPU's
-
         def held(x):
             if isinstance(x, Pretended):
                 there[id(x.held)] = x
@@ -57,7 +55,6 @@ class Pretence(TorchDispatchMode):
             if isinstance(x, (torch.Tensor, torch.Generator)):
                 here.append(x)
             return x
-
         def pretended(x):  # what was changed in place stays what it was
             new = isinstance(x, torch.Tensor) and id(x) not in there
             return Pretended(x) if new else there.get(id(x), x)

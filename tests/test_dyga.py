@@ -1,5 +1,4 @@
 """Facts about DyGA: HDDC against closed forms, scikit-learn and SciPy; splits; alignment (6)."""
-
 import json
 import math
 

@@ -1,5 +1,4 @@
 """evaluate.py: each metric against the value that its definition gives; the command; the page."""
-
 import html
 import json
 import re
@@ -68,7 +67,6 @@ def test_too_few_active_units_give_zero_or_nan_and_a_reason(metric, codes, words
 def test_factor_vae_counts_its_votes_as_a_plain_loop_does():
     codes, rng = noise(1, 4).astype(float), np.random.default_rng(3)
     overall = codes[np.ravel_multi_index(rng.integers(0, SIZES, (500, 3)).T, SIZES)].var(0, ddof=1)
-
     def votes(n):
         table, fixed = np.zeros((4, 3), int), rng.integers(3, size=n)
         for k, factors in zip(fixed, rng.integers(0, SIZES, size=(n, 16, 3))):
@@ -76,7 +74,6 @@ def test_factor_vae_counts_its_votes_as_a_plain_loop_does():
             local = codes[np.ravel_multi_index(factors.T, SIZES)].var(0, ddof=1)
             table[np.argmin(local / overall), k] += 1
         return table
-
     names, test = votes(400).argmax(1), votes(200)
     expected = test[np.arange(4), names].sum() / 200
     assert score("factorvae", noise(1, 4), seed=3, batch=16) == [expected]
@@ -232,7 +229,6 @@ def test_fid_of_images_brighter_by_a_constant_is_the_squared_shift(brighter):
     model = SimpleNamespace(  # its "units" are the image, and its samples that image, brighter
         units=lambda x: x.float(), dyga=SimpleNamespace(align=lambda c: c),
         noise=lambda count, generator: None, sample=lambda c, noise, steps: (c + brighter).byte())
-
     def colour_means(images, return_features):  # in place of the Inception network
         return images.float().mean([2, 3])
 
@@ -394,7 +390,6 @@ def browser(tmp_path_factory):
     log = "".join(json.dumps({"images": i, "loss": 2 - i}) + "\n" for i in range(2)) + '{"cut'
     page = evaluate.page(report, {"lr": 1e-3}, {"interchange": picture}, log,
                          {"images": [5], "strips": strips})
-
     def run(script):
         (folder / "phone.html").write_text(
             f'<iframe width=390 srcdoc="{html.escape(page)}"></iframe><script>onload = () => '

@@ -1,5 +1,4 @@
 """Facts about the feature extractor (Table 9)."""
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,5 +1,4 @@
 """Facts about the U-Net (Table 8), skip dropout (equation 7), schedule, DDIM, EMA and Muon."""
-
 import math
 
 import pytest
@@ -40,7 +39,6 @@ def test_losses_of_a_unet_that_answers_zero(times, kind, expected):
     def net(z_t, t, c_tilde):
         assert abs(z_t.var().item() - 1) < 0.02  # noising keeps unit variance
         return 0 * z_t
-
     # eps is standard normal: E eps^2 = 1 and E |eps| = sqrt(2 / pi).
     torch.manual_seed(0)
     loss = U.diffusion_loss(net, torch.randn(512, 3, 8, 8), None, ALPHA_BAR, kind, times)
@@ -48,11 +46,9 @@ def test_losses_of_a_unet_that_answers_zero(times, kind, expected):
 
 def test_with_v_weight_1_the_loss_is_the_error_of_v():
     z0, seen = torch.randn(64, 3, 8, 8), {}
-
     def net(z_t, t, c_tilde):
         seen.update(z_t=z_t, a=ALPHA_BAR[t].view(-1, 1, 1, 1))
         return z_t.tanh()  # some guess
-
     loss = U.diffusion_loss(net, z0, None, ALPHA_BAR, "mse", v_weight=1.0)
     z_t, a = seen["z_t"], seen["a"]
     eps, eps_hat = (z_t - a.sqrt() * z0) / (1 - a).sqrt(), z_t.tanh()
@@ -88,7 +84,6 @@ def test_ddim_with_a_perfect_denoiser_returns_the_clean_latent(steps):
     def oracle(z_t, t, c_tilde, maps):
         a = ALPHA_BAR[t].view(-1, 1, 1, 1)
         return (z_t - a.sqrt() * z0) / (1 - a).sqrt()
-
     z0, noise = torch.randn(2, 4, 3, 8, 8)
     found = U.ddim(oracle, noise, None, ALPHA_BAR, steps)
     torch.testing.assert_close(found, z0, rtol=0, atol=1e-3)

@@ -1,5 +1,4 @@
 """Facts about stage 1 (Table 7): codebook, autoencoder, discriminator, losses."""
-
 import pytest
 import torch
 import torch.nn.functional as F
