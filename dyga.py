@@ -32,6 +32,7 @@ from torch import nn
 # Paper: no word on scale; the released code normalises every batch by itself.
 FLOOR = 1e-3  # least variance: a unit is a thin curve, whose Gaussian is singular without a floor
 EMPTY = 1e-6  # a component whose responsibilities sum to less than this is gone
+TOL = 1e-4  # EM ends when the mean log-likelihood of a sample rises by no more than this
 LIMIT = 1e3  # outliers beyond this many scales are put there: their squares would drown the rest
 
 class DyGA(nn.Module):
@@ -51,7 +52,6 @@ class DyGA(nn.Module):
         # to its mean exceeds it, in scales (a whole unit's own is about root D)
         split_odds=0.5,  # 0 to 1: with "always", chance of any other cluster to be split once
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
-        tol=1e-4,  # 0 or more: EM ends when the mean log-likelihood rises by no more than this
     ):
         super().__init__()
         if accept not in ("always", "bic"):
@@ -65,22 +65,18 @@ class DyGA(nn.Module):
         self.spread = spread
         self.split_odds = split_odds
         self.min_samples = min_samples
-        self.tol = tol
         # Buffers move with .to(device) and travel in the checkpoint. Their shapes never change: a
-        # unit has K = k_max slots, and mask says which of them hold an anchor.
-        N = n_units
-        K = k_max
-        D = dim
-        self.register_buffer("centre", torch.zeros(N, D))  # normalised x = (c - centre) / scale
-        self.register_buffer("scale", torch.ones(N))
-        self.register_buffer("live", torch.zeros(N, dtype=torch.bool))  # fitted and not constant
-        self.register_buffer("anchors", torch.zeros(N, K, D))  # in the unit's own space, like c
-        self.register_buffer("mask", torch.zeros(N, K, dtype=torch.bool))
-        self.register_buffer("log_pi", torch.zeros(N, K))  # this and the rest: see Mixture
-        self.register_buffer("q", torch.zeros(N, K, D, self.d_max))
-        self.register_buffer("a", torch.ones(N, K, self.d_max))
-        self.register_buffer("b", torch.ones(N, K))
-        self.register_buffer("d", torch.ones(N, K, dtype=torch.int64))
+        # unit has k_max slots, and mask says which of them hold an anchor.
+        self.register_buffer("centre", torch.zeros(n_units, dim))  # x = (c - centre) / scale
+        self.register_buffer("scale", torch.ones(n_units))
+        self.register_buffer("live", torch.zeros(n_units, dtype=torch.bool))  # fitted, not constant
+        self.register_buffer("anchors", torch.zeros(n_units, k_max, dim))  # in c's space
+        self.register_buffer("mask", torch.zeros(n_units, k_max, dtype=torch.bool))
+        self.register_buffer("log_pi", torch.zeros(n_units, k_max))  # from here: see Mixture
+        self.register_buffer("q", torch.zeros(n_units, k_max, dim, self.d_max))
+        self.register_buffer("a", torch.ones(n_units, k_max, self.d_max))
+        self.register_buffer("b", torch.ones(n_units, k_max))
+        self.register_buffer("d", torch.ones(n_units, k_max, dtype=torch.int64))
 
     def align(self, c, return_delta=False):
         """Algorithm 3: move each unit to its anchor a little. c (B, N, D) -> c~ (B, N, D), by (6):
@@ -176,7 +172,7 @@ class DyGA(nn.Module):
         anchors = {}  # how many after each step, for the report
         # Initialise. HDDC: E-step, M-step, update subspaces, at most max_iter times.
         m = m_step(x, plus_plus(x, self.k_init, generator), 1, self.d_max)
-        m, first = em(x, m, self.max_iter, self.tol, self.d_max)
+        m, first = em(x, m, self.max_iter, TOL, self.d_max)
         anchors["hddc"] = len(m.mu)
         # While there are clusters to split: choose one, split it, fit the halves to its samples.
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
@@ -206,7 +202,7 @@ class DyGA(nn.Module):
         least = min(self.min_samples, max(sizes))
         m = m.of([k for k, size in enumerate(sizes) if size >= least])
         anchors["filter"] = len(m.mu)
-        m, last = em(x, m, self.max_iter, self.tol, self.d_max)
+        m, last = em(x, m, self.max_iter, TOL, self.d_max)
         anchors["refit"] = len(m.mu)
         self.report["anchors"].append(anchors)
         self.report["log_likelihood"].append((first, last))
@@ -228,7 +224,7 @@ class DyGA(nn.Module):
         # The halves keep one's d_k: BIC would hold directions of mere noise against a good split.
         d = int(one.d)
         two = m_step(part, torch.stack([~above, above]).to(part.dtype), d, d)
-        two, _ = em(part, two, self.max_iter, self.tol, d)
+        two, _ = em(part, two, self.max_iter, TOL, d)
         if len(two.mu) < 2:
             return None
         if self.accept == "bic":
@@ -296,9 +292,8 @@ def cost(x, m, J):
 def e_step(x, m):
     """Responsibilities r (K, n), equation 4, and the log-likelihood, a float."""
     log_density = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
-    r = log_density.softmax(0)
-    likelihood = log_density.amax(0) - r.amax(0).log()  # (n,): r = density / sum; cheap logsumexp
-    return r, likelihood.sum(dtype=torch.float64).item()
+    likelihood = log_density.logsumexp(0)  # (n,)
+    return log_density.softmax(0), likelihood.sum(dtype=torch.float64).item()
 
 def m_step(x, r, d_least, d_max):
     """The mixture that is most likely under responsibilities r (K, n). The scree test chooses d_k,
@@ -366,7 +361,13 @@ def clusters(x, m):
     return parts, spreads
 
 # ---- Beyond the paper: which units to keep, and how to part two that mix -------------------------
-def informative_units(s, least, most=0.3, bins=20):
+def step_functions(s, bins=20):
+    """Scalars (n, U) -> (n, U, bins): each is cut into steps of equally many images; 1 at the step
+    that an image is in, else 0, less 1 / bins."""
+    rank = s.argsort(0).argsort(0)  # (n, U), 0 for the smallest
+    return nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins
+
+def informative_units(s, least, most=0.3):
     """Which units are not redundant. s: scalars (n, N), n 1,000 or more -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
@@ -385,10 +386,9 @@ def informative_units(s, least, most=0.3, bins=20):
         depends  the share of the variance of |s - prediction by kept units| that they explain: a
                  hue's cosine predicts only the size of its sine, which still is no new factor
 
-    Explained: by the best sum of step functions of units' scalars (as many images in each of the
-    `bins` steps), since two readings of one colour need not correlate."""
-    rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
-    steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
+    Explained: by the best sum of step functions of units' scalars, since two readings of one colour
+    need not correlate."""
+    steps = step_functions(s)  # (n, N, bins)
     s = s - s.mean(0)
     x = s / s.std(0)
     # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
@@ -425,7 +425,9 @@ def unmixing(s):
     The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
     themselves. So the least Gaussian directions are taken for factors. The search starts at the
     units as they are, so that each stays near its own direction. Weights up to 0.06 (of
-    standardised scalars, in a direction of length 1) are dropped as noise."""
+    standardised scalars, in a direction of length 1) are dropped as noise; and those between two
+    units that would depend more on each other than before (their chi squared, of steps): what they
+    share is no sum of factors, and turning would mix them, again each time."""
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)
     values, axes = torch.linalg.eigh(x.T @ x / len(x))
@@ -438,19 +440,23 @@ def unmixing(s):
         u, _, v = torch.linalg.svd(w)
         w = u @ v  # the nearest rotation: rows stay at right angles
     turn = nn.functional.normalize(w @ white)  # (U, U), of standardised scalars
-    turn = turn * turn.diagonal().sign()[:, None]  # a direction's sign is as before
-    turn = turn * (turn.abs() > 0.06)
+    # A direction's sign is as before.
+    turn = turn * turn.diagonal().sign()[:, None] * (turn.abs() > 0.06)
+    def dependence(x):
+        steps = step_functions(x)  # (n, U, bins)
+        return torch.einsum("nia,njb->iajb", steps, steps).square().sum((1, 3))  # (U, U)
+    parts = dependence(x @ turn.T) < dependence(x)  # (U, U)
+    turn = turn.where(parts, turn.diagonal().diag())
     spread = (x @ turn.T).std(0)  # (U,)
     return (turn * (sd / spread)[:, None] / sd).float()
 
 # ---- Toy units: python dyga.py -------------------------------------------------------------------
-def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
+def toy_units(levels, n, generator, dim=32, noise=0.05):
     """Units (n, N, dim) like the extractor's, a scalar of levels[i] equally likely values through a
-    random MLP, and which value it was (n, N). noise: of the unit, in its scales; jitter: of the
-    scalar, in steps between levels."""
+    random MLP, and which value it was (n, N). noise: of the unit, in its scales."""
     N, count = len(levels), torch.tensor(levels)
     level = (torch.rand(n, N, generator=generator) * count).long()
-    s = (level + 0.5 + jitter * torch.randn(n, N, generator=generator)) / count * 4 - 2
+    s = (level + 0.5) / count * 4 - 2  # (n, N)
     h = s.T[..., None]  # (N, n, 1)
     for d_in, d_out in ((1, 64), (64, 64), (64, dim)):
         w = torch.randn(N, d_in, d_out, generator=generator) * (2 / d_in) ** 0.5
@@ -462,7 +468,7 @@ def toy_units(levels, n, generator, dim=32, noise=0.05, jitter=0.0):
 def main():
     """Fit toy units by both rules, and print how many anchors each got."""
     levels = [1, 2, 3, 5, 8, 12, 10**6]
-    c, _ = toy_units(levels, 4_000, torch.Generator().manual_seed(0), noise=0.06, jitter=0.02)
+    c, _ = toy_units(levels, 4_000, torch.Generator().manual_seed(0), noise=0.06)
     c[:, 0] = c[0, 0]
     print(f"levels  {levels}, that is a constant unit to a continuous one")
     for options in (dict(), dict(k_init=1, accept="bic")):
