@@ -386,8 +386,7 @@ def informative_units(s, least, most=0.3):
         depends  the share of the variance of |s - prediction by kept units| that they explain: a
                  hue's cosine predicts only the size of its sine, which still is no new factor
 
-    Explained: by the best sum of step functions of units' scalars, since two readings of one colour
-    need not correlate."""
+    Explained: by a sum of units' step functions, as two readings of one hue may not correlate."""
     steps = step_functions(s)  # (n, N, bins)
     s = s - s.mean(0)
     x = s / s.std(0)
@@ -425,9 +424,9 @@ def unmixing(s):
     The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
     themselves. So the least Gaussian directions are taken for factors. The search starts at the
     units as they are, so that each stays near its own direction. Weights up to 0.06 (of
-    standardised scalars, in a direction of length 1) are dropped as noise; and those between two
-    units that would depend more on each other than before (their chi squared, of steps): what they
-    share is no sum of factors, and turning would mix them, again each time."""
+    standardised scalars, in a direction of length 1) are dropped as noise, and so are those between
+    two units that would then depend more on each other (chi squared of steps), like two readings
+    of one hue, which are no sums of factors."""
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)
     values, axes = torch.linalg.eigh(x.T @ x / len(x))

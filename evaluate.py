@@ -796,7 +796,6 @@ def main():
         print("control of {}: {:.3f}; its best unit alone {:.3f}, ceiling {:.3f}, chance {:.3f}"
               .format(factor, *numbers["control"]))
     print(*remarks(report), sep="\n")
-
     pictures, slider = {}, None
     if model and "figures" in parts:
         steps = min(config["ddim_steps"], 20) if args.quick else config["ddim_steps"]

@@ -215,7 +215,6 @@ def train_stage2(run):
         row["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["clip"] or math.inf)
         step(run.optimizers[2], lr)
         run.seen[2] = seen
-
         # Paper: no word on what is averaged (LDM: the U-Net). The extractor gets evaluated: it too.
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)

@@ -181,10 +181,8 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(time_dim, time_dim),
         )
-
         def res(c_in, c_out, resize=None):
             return ResBlock(c_in, c_out, time_dim, groups, dropout, resize)
-
         def stage(c_in, c_out, attention):  # (+) in the drawing above; () without attention
             blocks = Blocks([res(c_in, c_out)])
             if attention:

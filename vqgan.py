@@ -170,7 +170,6 @@ class VQGAN(nn.Module):
             nn.Conv2d(width, pixels, 3, padding=1),
             nn.PixelShuffle(patch),
         )
-
         # Diffusion assumes data of about unit variance. So latents are divided by their standard
         # deviation over images, positions and channels (LDM's scale_by_std), see finish().
         self.register_buffer("latent_std", torch.ones(()))
