@@ -21,8 +21,7 @@ INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance of Gaussians: |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2).
-    mu: (D,), cov: (D, D), symmetric, no eigenvalue below 0 (0 is fine: fewer images than features).
-    """
+    mu: (D,), cov: (D, D), symmetric, no eigenvalue below 0 (few images: some are 0)."""
     # cov1 cov2 is not symmetric; root cov2 root, of the same eigenvalues, is (root root = cov1).
     values, vectors = np.linalg.eigh(cov1)  # (D,), (D, D)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # (D, D)

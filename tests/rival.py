@@ -7,8 +7,7 @@
 The extractor tells mean and log variance of z (B, U), a decoder draws the image from z. --plug_in
 (Table 3): each z_u goes through a private MLP, the decoder gets aligned units c~ (B, U, 32), or
 with --dyga.lam 0 unaligned ones. Other flags are train.py's, with the laptop preset's values (Muon;
-the papers': --optimizer adamw --lr 1e-4).
-"""
+the papers': --optimizer adamw --lr 1e-4)."""
 import math
 import shlex
 import sys

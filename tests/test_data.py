@@ -1,7 +1,5 @@
 """Facts about data.py: the rendered scene, the order of factors, load() and the shared helpers.
-
-The official files, right and wrong, are in test_sources.py.
-"""
+The official files, right and wrong, are in test_sources.py."""
 import math
 import os
 import subprocess
@@ -162,12 +160,10 @@ def test_the_image_grid_places_every_tile_unchanged():
     labelled = data.image_grid(tiles, ["one", "two"], ["a", "b", "c"], "a title")
     assert labelled.width > 3 * 9 and labelled.height > 2 * 7 + 30
 
-def test_the_command_draws_a_row_per_factor(tmp_path):
+def test_the_command_alone_draws_the_twin_into_a_folder_out_and_complains_of_nothing(tmp_path):
     done = subprocess.run([sys.executable, data.__file__], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0 and done.stderr == b"" and b"480,000 images" in done.stdout
-    assert os.listdir(tmp_path) == ["out"]
-    with Image.open(tmp_path / "out" / "data-shapes3d.png") as picture:
-        assert picture.height > 6 * 64 and picture.width > 15 * 64
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "data-shapes3d.png"]
 
 def test_held_factors_stay_at_the_middle_of_their_values_and_the_rest_is_a_smaller_grid():
     twin, small = data.load("shapes3d"), data.load("shapes3d", vary="shape,wall hue")
@@ -183,8 +179,7 @@ def test_held_factors_stay_at_the_middle_of_their_values_and_the_rest_is_a_small
 
 def pictures(folder, table=None):
     """Six pictures of different sizes, the k-th of brightness 40 k, and labels.csv."""
-    for k in range(6):
-        ending = "png" if k % 2 else "JPG"
+    for k, ending in enumerate(["JPG", "png"] * 3):
         Image.new("RGB", (80 + 10 * k, 64 + k), (40 * k,) * 3).save(folder / f"{k}.{ending}")
     if table is not None:
         (folder / "labels.csv").write_text(table)

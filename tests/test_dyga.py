@@ -241,9 +241,9 @@ def test_a_unit_is_redundant_if_it_adds_little_for_what_was_known_of_it():
     # Two uniform numbers; with odds p = 0.6 the second repeats the first. It adds (1 - p^2) / 2 =
     # 0.32 of the variance of both. The first explains p^2 = 0.36 of its step functions. Contrast
     # of a uniform number: (1.09449 - 1.06772)^(1/4) = 0.404. And 0.32 * 0.404 / 0.36 is 0.36.
-    generator = torch.Generator().manual_seed(0)
-    s = torch.rand(20_000, 2, generator=generator)
-    s[:, 1] = torch.where(torch.rand(20_000, generator=generator) < 0.6, s[:, 0], s[:, 1])
+    g = generator()
+    s = torch.rand(20_000, 2, generator=g)
+    s[:, 1] = torch.where(torch.rand(20_000, generator=g) < 0.6, s[:, 0], s[:, 1])
     assert informative_units(s, least=0.33, most=1e9) == [0, 1]
     assert len(informative_units(s, least=0.39, most=1e9)) == 1
 
@@ -275,9 +275,9 @@ def test_unmixing_parts_two_factors_at_an_angle_as_scikit_learn_does_and_leaves_
     assert torch.allclose(theirs.abs().amax(1), torch.ones(3), atol=2e-3)
 
 def test_unmixing_leaves_alone_two_readings_of_one_hue_as_they_would_depend_more_on_each_other():
-    generator = torch.Generator().manual_seed(0)
-    hue = torch.randint(10, (3_000,), generator=generator) * math.pi / 5
+    g = generator()
+    hue = torch.randint(10, (3_000,), generator=g) * math.pi / 5
     s = torch.stack([hue.cos(), (hue + 1.2).cos()], 1)
-    s = s + 0.02 * torch.randn(3_000, 2, generator=generator)
+    s = s + 0.02 * torch.randn(3_000, 2, generator=g)
     assert s.T.corrcoef()[0, 1] > 0.3  # a linear map could make it 0
     assert torch.equal(unmixing(s), torch.eye(2))

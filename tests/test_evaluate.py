@@ -231,7 +231,6 @@ def test_fid_of_images_brighter_by_a_constant_is_the_squared_shift(brighter):
         noise=lambda count, generator: None, sample=lambda c, noise, steps: (c + brighter).byte())
     def colour_means(images, return_features):  # in place of the Inception network
         return images.float().mean([2, 3])
-
     with pytest.warns(UserWarning, match="2,048"):
         assert fid.fid(model, ds, colour_means, 130, 1) == approx(3 * brighter ** 2)
 
@@ -279,15 +278,10 @@ def checkpoint(tmp_path_factory):
     return path
 
 @pytest.fixture
-def command(checkpoint, monkeypatch, capsys, tmp_path):
+def command(checkpoint, main, monkeypatch, capsys, tmp_path):
     """Calls evaluate.py in a folder with ckpt.pt -> exit code, what it said, its folder."""
     def run(*arguments):
-        line = ["evaluate.py", *map(str, arguments), "--device", "cpu", "--out", "new"]
-        monkeypatch.setattr(sys, "argv", line)
-        try:
-            code = data.run(evaluate.main) or 0
-        except SystemExit as stop:
-            code = stop.code
+        code = main(evaluate, *arguments, "--device", "cpu", "--out", "new")
         return code, "".join(capsys.readouterr()), Path("new")
     monkeypatch.chdir(tmp_path)
     shutil.copy(checkpoint, "ckpt.pt")

@@ -39,7 +39,7 @@ def test_a_unit_that_is_not_kept_says_the_same_of_every_image():
 
 @torch.no_grad()
 def test_turned_scalars_are_the_linear_map_of_those_before_and_a_silenced_one_stays():
-    net, x = small().eval(), torch.randn(5, 3, 64, 64)
+    net, x = small(), torch.randn(5, 3, 64, 64)
     net.kept[1] = False
     s, turn, mean = net.scalars(x)[:, net.kept], torch.randn(3, 3), torch.randn(3)
     silenced = net.to_scalars[-1].weight[1].clone()

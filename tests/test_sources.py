@@ -22,7 +22,6 @@ from conftest import TINY
 # The factor sizes of the small versions; CelebA's number of faces.
 SIZES = {"shapes3d": (2, 2, 2, 2, 2, 3), "cars3d": (4, 4, 4), "mpi3d_toy": (2, 2, 2, 2, 2, 2, 2),
          "celeba": (64,)}
-POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no users, limits and signals")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
@@ -53,8 +52,7 @@ def write_cars3d(folder, cars=(3, 1, 0, 2), key="im", dtype=np.uint8):
     with tarfile.open(folder / "nips2015-analogy-data.tar.gz", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("data/sprites/car_like.mat"))
         for car in cars:
-            im = {key: views[car]}
-            scipy.io.savemat(folder / "car.mat", im, do_compression=True)
+            scipy.io.savemat(folder / "car.mat", {key: views[car]}, do_compression=True)
             archive.add(folder / "car.mat", f"data/cars/car_{car:03}_mesh.mat")
     (folder / "car.mat").unlink()
 
@@ -208,9 +206,8 @@ def test_a_bug_in_a_reader_is_no_damage(tmp_path, monkeypatch):
     with pytest.raises(AttributeError):
         data.load("mpi3d_toy", tmp_path)
 
-@POSIX
 def test_on_a_full_disk_the_systems_own_reason_is_told_and_nothing_is_left(tmp_path):
-    import resource
+    resource = pytest.importorskip("resource")  # Windows has no limits
     write_mpi3d_toy(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))  # fewer than 25 images
