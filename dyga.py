@@ -292,8 +292,9 @@ def cost(x, m, J):
 def e_step(x, m):
     """Responsibilities r (K, n), equation 4, and the log-likelihood, a float."""
     log_density = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
-    likelihood = log_density.logsumexp(0)  # (n,)
-    return log_density.softmax(0), likelihood.sum(dtype=torch.float64).item()
+    r = log_density.softmax(0)
+    likelihood = log_density.amax(0) - r.amax(0).log()  # (n,): r = density / sum; cheap logsumexp
+    return r, likelihood.sum(dtype=torch.float64).item()
 
 def m_step(x, r, d_least, d_max):
     """The mixture that is most likely under responsibilities r (K, n). The scree test chooses d_k,
@@ -361,13 +362,7 @@ def clusters(x, m):
     return parts, spreads
 
 # ---- Beyond the paper: which units to keep, and how to part two that mix -------------------------
-def step_functions(s, bins=20):
-    """Scalars (n, U) -> (n, U, bins): each is cut into steps of equally many images; 1 at the step
-    that an image is in, else 0, less 1 / bins."""
-    rank = s.argsort(0).argsort(0)  # (n, U), 0 for the smallest
-    return nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins
-
-def informative_units(s, least, most=0.3):
+def informative_units(s, least, most=0.3, bins=20):
     """Which units are not redundant. s: scalars (n, N), n 1,000 or more -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
@@ -386,21 +381,26 @@ def informative_units(s, least, most=0.3):
         depends  the share of the variance of |s - prediction by kept units| that they explain: a
                  hue's cosine predicts only the size of its sine, which still is no new factor
 
-    Explained: by a sum of units' step functions, as two readings of one hue may not correlate."""
-    steps = step_functions(s)  # (n, N, bins)
+    Explained: by the best sum of step functions of units' scalars (as many images in each of the
+    `bins` steps), since two readings of one colour need not correlate."""
+    rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
+    steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
     x = s / s.std(0)
     # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
     contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).abs() ** 0.25  # (N,)
+
     def predict(y, units):
         """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
         x = steps[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
         gram = x.T @ x  # (U*bins, U*bins)
         gram.diagonal().add_(1)
         return x @ torch.linalg.solve(gram, x.T @ y)  # (n, Y)
+
     def explained(y, units, dim=None):
         """The share of the variance of y (n, Y) that these units explain; dim=0: of each column."""
         return (y * predict(y, units)).sum(dim) / y.square().sum(dim)
+
     kept = []
     candidates = s.any(0).nonzero().flatten().tolist()  # not the silenced ones
     while candidates:
@@ -423,10 +423,8 @@ def unmixing(s):
     Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
     The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
     themselves. So the least Gaussian directions are taken for factors. The search starts at the
-    units as they are, so that each stays near its own direction. Weights up to 0.06 (of
-    standardised scalars, in a direction of length 1) are dropped as noise, and so are those between
-    two units that would then depend more on each other (chi squared of steps), like two readings
-    of one hue, which are no sums of factors."""
+    units as they are, so that each stays near its own direction. Weights up to 0.1 (of standardised
+    scalars, in a direction of length 1) are dropped as noise."""
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)
     values, axes = torch.linalg.eigh(x.T @ x / len(x))
@@ -439,13 +437,8 @@ def unmixing(s):
         u, _, v = torch.linalg.svd(w)
         w = u @ v  # the nearest rotation: rows stay at right angles
     turn = nn.functional.normalize(w @ white)  # (U, U), of standardised scalars
-    # A direction's sign is as before.
-    turn = turn * turn.diagonal().sign()[:, None] * (turn.abs() > 0.06)
-    def dependence(x):
-        steps = step_functions(x)  # (n, U, bins)
-        return torch.einsum("nia,njb->iajb", steps, steps).square().sum((1, 3))  # (U, U)
-    parts = dependence(x @ turn.T) < dependence(x)  # (U, U)
-    turn = turn.where(parts, turn.diagonal().diag())
+    turn = turn * turn.diagonal().sign()[:, None]  # a direction's sign is as before
+    turn = turn * (turn.abs() > 0.1)
     spread = (x @ turn.T).std(0)  # (U,)
     return (turn * (sd / spread)[:, None] / sd).float()
 
@@ -453,7 +446,8 @@ def unmixing(s):
 def toy_units(levels, n, generator, dim=32, noise=0.05):
     """Units (n, N, dim) like the extractor's, a scalar of levels[i] equally likely values through a
     random MLP, and which value it was (n, N). noise: of the unit, in its scales."""
-    N, count = len(levels), torch.tensor(levels)
+    N = len(levels)
+    count = torch.tensor(levels)
     level = (torch.rand(n, N, generator=generator) * count).long()
     s = (level + 0.5) / count * 4 - 2  # (n, N)
     h = s.T[..., None]  # (N, n, 1)

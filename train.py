@@ -52,11 +52,11 @@ PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is,
 PRESETS = {
     "paper": "",
     "laptop": """
-    # For a laptop's CPU: the paper's method and five additions (unit_line, v_weight, select_at,
-    # unmix_at, freeze_at). Most of what else differs saves time; README.md has a table. On latents
-    # of 16x16 a U-Net would cost four times as much. One level of 8x8 patches, without residual
-    # blocks, leaves time for width. Four channels and a squared error gave sharper pictures than
-    # three and L1. A discriminator would double the time of a step.
+    # For a laptop's CPU: the paper's method and four additions (unit_line, v_weight, select_at,
+    # unmix_at). Most of what else differs saves time; README.md has a table. On latents of 16x16 a
+    # U-Net would cost four times as much. One level of 8x8 patches, without residual blocks, leaves
+    # time for width. Four channels and a squared error gave sharper pictures than three and L1. A
+    # discriminator would double the time of a step.
     --vqgan.patch 8 --vqgan.multipliers 1 --vqgan.res_blocks 0 --vqgan.channels 96
     --vqgan.z_channels 4 --stage1.disc_weight 0 --stage1.loss mse --stage1.lr 6e-3
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
@@ -81,13 +81,12 @@ PRESETS = {
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
     # Beyond the paper: redundant units are silenced (select_units), twice, as the kept ones change.
     # Kept ones are turned until independent (unmix_units): before the second selection, which would
-    # else drop one of a mixed pair, and again later, as they drift back: at last with the extractor
-    # frozen (freeze_extractor), while the U-Net learns to read units that do not move any more.
-    --select_at 0.5 0.7 --unmix_at 0.5 0.65 0.8 --freeze_at 0.8
+    # else drop one of a mixed pair, and again later, as they drift back.
+    --select_at 0.5 0.7 --unmix_at 0.5 0.65 0.8 0.9
 
-    # A tenth of Shapes3D, each image drawn six times on average: it is encoded only once, and
+    # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
     # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
-    --images 288000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
+    --images 224000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
 }
 PRESETS["minute"] = PRESETS["laptop"] + """
@@ -169,6 +168,7 @@ def train_stage1(run):
         step(run.optimizers[1], lr)
         run.seen[1] += len(idx)
         run.after_step(len(idx), row)
+
     run.write_row()
     decibels = vqgan.finish(run.ds.images(run.fit_idx[:1024]))
     run.log(reconstruction_psnr=decibels)
@@ -188,7 +188,7 @@ def train_stage2(run):
         latents.append(model.vqgan.encode(run.ds.images(idx)).half())
         run.stop_if_signalled()
     z0_pool = torch.cat(latents)  # float16 (n, Z, h, w)
-    model.extractor.train(run.seen[2] < cfg["freeze_at"] * total)
+    model.extractor.train()
     model.unet.train()
     net = model
     if run.world > 1:  # averages the gradients, and hands process 0's buffers (anchors) to all
@@ -210,26 +210,22 @@ def train_stage2(run):
             loss, row = net(x0, z0, cfg["v_weight"] * progress)
         net.zero_grad()
         loss.backward()
-        if not model.extractor.training:  # it is frozen: without gradients there is no step
-            model.extractor.zero_grad()
         row["grad_norm"] = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg["clip"] or math.inf)
         step(run.optimizers[2], lr)
         run.seen[2] = seen
+
         # Paper: no word on what is averaged (LDM: the U-Net). The extractor gets evaluated: it too.
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
-        select = any(now < share * total <= seen for share in cfg["select_at"])
-        unmix = any(now < share * total <= seen for share in cfg["unmix_at"])
-        if select:
+        if any(now < share * total <= seen for share in cfg["select_at"]):
             select_units(run)
-        if unmix:
+        if any(now < share * total <= seen for share in cfg["unmix_at"]):
             unmix_units(run)
-        if now < cfg["freeze_at"] * total <= seen < total:
-            freeze_extractor(run)
-        if select or unmix or seen // fit_every > now // fit_every:
+        if seen // fit_every > now // fit_every:
             fit_anchors(run, model)
         run.after_step(batch, row)
+
     run.write_row()
     # The averaged weights have units of their own, which the training weights' anchors do not fit.
     # So the average is unaligned (samples.png too) until it gets its anchors, here.
@@ -255,27 +251,20 @@ def select_units(run):
 @torch.no_grad()
 def unmix_units(run):
     """Beyond the paper: part factors that kept units mix. Private MLPs and U-Net stay, and learn to
-    read the new scalars."""
+    read the new scalars; anchors stay as they were until their next fit, if there is one."""
     s = scalars_of(run)[:, run.average.extractor.kept]  # (n, U)
     turn = unmixing(s.cpu()).to(s)  # (U, U); too small for a GPU
     for model in (run.model, run.average):
         model.extractor.turn_scalars(turn, s.mean(0))
     run.log(turn=turn.tolist())
 
-def freeze_extractor(run):
-    """Beyond the paper: the extractor becomes its average, and stays so. What unmixing has parted
-    cannot mix again, and the U-Net gets to know the very units that it will be judged with."""
-    run.model.extractor.load_state_dict(run.average.extractor.state_dict())
-    run.model.extractor.eval()  # BatchNorm's statistics rest, too
-
 def fit_anchors(run, model):
     """Anchor selection (Algorithm 2) on the model's units of a fixed sample of images."""
     if run.rank or not run.cfg["dyga.lam"]:
         return  # process 0 fits for all; with lambda 0, c~ is c
-    training = model.extractor.training
     model.extractor.eval()  # a unit must not depend on the rest of its batch
     units = torch.cat([model.units(run.ds.images(i)) for i in run.fit_idx.split(500)])  # (n, N, D)
-    model.extractor.train(training)
+    model.extractor.train(model is run.model)
     if not units.isfinite().all():
         raise UserError("units are not finite; start again with a lower --lr")
     model.dyga.fit(units, torch.Generator().manual_seed(run.seed_of(3, run.seen[2])))
@@ -508,7 +497,6 @@ v_weight               0.0        0..2       0: error of eps; 1, with mse: grows
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
 select_least           0.08       0..1e6     least gain of a kept unit (see informative_units)
 unmix_at               0.0,       0..1       make kept scalars independent at these shares; 0: never
-freeze_at              1.0        0..1       the extractor learns no more from this share on
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
 fit_images             20_000     1..1e6     images that anchors are fitted to (not in the paper)
