@@ -772,7 +772,8 @@ def main():
         scores |= score(name, counts, metric, encode, truth, args.seed, **counts)
     if "tad" in parts:
         scores |= score("tad", {"images": len(probe.idx)}, tad, probe.codes, probe.factors)
-    controls, control_counts = {}, {"pairs": 16 if args.quick else 200, "DDIM_steps": 10}
+    controls = {}
+    control_counts = {"pairs": 16 if args.quick else 200, "DDIM_steps": 10}
     if "control" in parts:
         print(f"control: {counts_in_words(control_counts)}")
         pairs, steps = control_counts.values()
