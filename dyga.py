@@ -367,8 +367,9 @@ def informative_units(s, least, most=0.3, bins=20):
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
-    asks for fewer. So units are taken one by one (forward selection), of the largest gain *
-    (1 - depends) first, and kept if they gain enough for what was known of them:
+    asks for fewer. So units are taken one by one (forward selection), the largest gain *
+    (1 - depends) first. The more of a unit was known, the more it must gain to be kept; and none is
+    kept whose depends exceeds most:
 
         gain * (1 - (depends / most)^2) >= least * known
         gain     what it adds to the share of all scalars' variance that is explained (scalars are
@@ -379,7 +380,7 @@ def informative_units(s, least, most=0.3, bins=20):
         known    the share of its step functions that kept units explain: 1 for a copy, by chance
                  U * bins / n (U are kept): so what adds next to nothing goes, too
         depends  the share of the variance of |s - prediction by kept units| that they explain: a
-                 hue's cosine predicts only the size of its sine, which still is no new factor
+                 hue's cosine tells not its sine but the sine's SIZE, so that is no new factor
 
     Explained: by the best sum of step functions of units' scalars (as many images in each of the
     `bins` steps), since two readings of one colour need not correlate."""

@@ -495,7 +495,7 @@ loss                   'l1'       l1|mse     of eps^ - eps (equation 2 names non
 t_sampling             'uniform'  uniform|logit_normal      how t is drawn in training
 v_weight               0.0        0..2       0: error of eps; 1, with mse: grows into that of v
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.08       0..1e6     least gain of a kept unit (see informative_units)
+select_least           0.08       0..1e6     least gain, beside what was known (informative_units)
 unmix_at               0.0,       0..1       make kept scalars independent at these shares; 0: never
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits
