@@ -761,7 +761,9 @@ def main():
     encode = cached(units, probe.pca, len(ds))
     scores = {}
     truth = ds.factor_sizes if ds.is_grid else ds.factors(torch.arange(len(ds))).cpu()
-    for name in filter(METRICS.get, parts):
+    for name in parts:
+        if name not in METRICS:
+            continue
         metric, counts = METRICS[name]
         if not args.quick:
             defaults = inspect.signature(metric).parameters

@@ -16,6 +16,7 @@ that does not change the nearest code disappears.
 import math
 import runpy
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -250,7 +251,7 @@ def psnr(images, drawn):
 def main():
     """Hand over to train.py, which owns the images, the loop and the checkpoint."""
     sys.argv.insert(1, "--stage1_only")
-    runpy.run_module("train", run_name="__main__")
+    runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")
 
 if __name__ == "__main__":
     main()
