@@ -1,8 +1,8 @@
 """Images with known factors: four datasets, a rendered twin of Shapes3D, and your own pictures.
 
-The twin needs no download and lacks only Shapes3D's textures: its scores are not Shapes3D's.
+The twin needs no download; it lacks Shapes3D's textures, so its scores are not Shapes3D's.
 `load("shapes3d")` returns a Dataset: ask it for images by index, and for an index's factors.
-`python data.py --dataset shapes3d` prints what was found, and draws each factor's values to out/.
+`python data.py --dataset shapes3d` prints what was found, and draws each factor's effect to out/.
 """
 
 import argparse
@@ -28,8 +28,8 @@ SHAPE = (SIZE, SIZE, 3)  # in files
 
 # Facts of each dataset. images: how many; factors: {name: number of values}, in the official order.
 # The first of `files` found under --data_dir is read: an archive as published, or what it unpacks
-# to; advice: what to do if none is. Pictures add their files' names in order, `pictures`, a stamp
-# that changes with them, and labels int64 (images, F) unless they form a grid.
+# to; advice: what to do if none is. Pictures add `pictures`, their files' names in index order, a
+# `stamp` that changes with them, and `labels` int64 (images, F), unless they form a grid.
 DATASETS = {
     "shapes3d": dict(
         images=480_000,
@@ -67,10 +67,10 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     if dataset == "folder":
         facts = own_pictures(folder, facts)
     npy = folder / f"{dataset}-64x64{facts.get('stamp', '')}.npy"
-    # Once the .npy file is made, the official one may go (but not CelebA's table, nor pictures).
+    # Once the .npy file is made, the official one may go (not CelebA's table, nor your pictures).
     paths = [npy, *(folder / file for file in facts["files"])]
     found = next(filter(Path.exists, paths), None)
-    if source == "rendered" or (dataset, source, found) == ("shapes3d", "auto", None):
+    if source == "rendered" or (dataset == "shapes3d" and source == "auto" and not found):
         source, images = "rendered", rendered(device)
         note = f"not {paths[1]} but the rendered twin of Shapes3D: its scores are not Shapes3D's"
     elif found:
@@ -88,14 +88,16 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
         raise UserError(f"no {paths[1].name} in {folder}: {facts['advice']} and put it there, or "
                         "name its folder with --data_dir")
     if vary:
-        images, facts = hold_others(vary.split(","), images, facts, device)
+        images, facts = hold_others(vary.replace(", ", ",").split(","), images, facts, device)
     return Dataset(dataset, source, note, images, facts, device)
 
 def hold_others(vary, images, facts, device):
     """Images and facts of the part of a grid in which only the factors named in `vary` change."""
     sizes = facts["factors"]
-    if "labels" in facts or set(vary) - set(sizes):
-        raise UserError(f"cannot vary {vary}: expected factors of a grid, found {list(sizes)}")
+    if "labels" in facts:
+        raise UserError("--vary: these images are a table; expected one of each combination")
+    if set(vary) - set(sizes):
+        raise UserError(f"cannot vary {vary}: expected some of the factors {list(sizes)}")
     held = [range(size) if name in vary else [size // 2] for name, size in sizes.items()]
     kept = torch.arange(facts["images"]).view(*sizes.values())[np.ix_(*held)].flatten().to(device)
     factors = {name: sizes[name] for name in sizes if name in vary}
@@ -146,7 +148,8 @@ class Dataset:
 # colour and of white reaches each pixel. An image is the sum of five maps times five colours.
 # Points and directions are tensors (3, n), or (3, 1) for a single one: x right, y away from the
 # camera at orientation 7, z up, floor at z = 0, object on the z axis, camera 2.5 from that axis.
-# The numbers were fitted to the original's frames, less faint patterns of about 1 of 255 levels.
+# The numbers were fitted to the original's frames. Missing: textures of floor and walls, and the
+# facets of round objects. What differs is 1 of 255 levels on average, most of it at edges.
 
 def vector(x, y, z):
     """Three numbers as a column, float32 (3, 1)."""
@@ -174,7 +177,7 @@ def rendered(device):
         sky = torch.full_like(idx, HUES)
         colours = palette[torch.stack([*hues, sky, sky + 1], 1)].mT  # (B, 3, 5)
         pixels = colours @ maps.index_select(0, case)  # (B, 3, 5) @ (B, 5, 4096): (B, 3, 4096)
-        # Clipped only now, after shrinking, like the original: it keeps the ringing at sharp edges.
+        # Clipped only now: until here an image is linear in its colours.
         return pixels.round_().clamp_(0, 255).byte().view(-1, 3, SIZE, SIZE)  # (B, 3, 64, 64)
 
     # 64 images at a time: on a CPU three times as fast as 512 at once.
@@ -211,13 +214,14 @@ def camera(orientation):
 
 def shade(ambient, points, normals, forward):
     """Brightness (n,) of points (3, n) with outward unit normals (3, n): three lights."""
-    headlight = -(normals * forward).sum(0)  # at the camera, but as strong at every distance
+    headlight = -(normals * forward).sum(0)  # at the camera, but equally strong at every distance
     to_light = torch.nn.functional.normalize(LIGHT - points, dim=0)  # (3, n)
     spot = (normals * to_light).sum(0).clamp(min=0) * to_light[2] ** 10  # cosine law times cone
     return ambient + 0.58 * headlight.clamp(min=0) + 0.95 * spot
 
-# A ray start + depth * ray is in a convex solid for ONE interval of depths, (near, far): in two at
-# once where theirs overlap, in either from the smaller near on. So all shapes are boxes and balls.
+# A ray start + depth * ray is inside a convex solid for ONE interval of depths, (near, far): inside
+# A and B for (larger near, smaller far); inside A or B from the smaller near on. So boxes and balls
+# are enough: a cylinder is an endless bar AND a slab; a capsule, a cylinder OR two balls.
 def box(start, ray, half):
     """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
     a, b = (-half - start) / ray, (half - start) / ray
@@ -235,13 +239,13 @@ def first_hit(shape, radius, half, start, ray):
     if shape == "cube":
         parts = [box(start, ray, radius)]
     else:
-        near, far = ball(start[:2], ray[:2], radius)
-        bottom, top = box(start[2:], ray[2:], half)
-        parts = [(near.maximum(bottom), far.minimum(top))]
+        near, far = ball(start[:2], ray[:2], radius)  # an endless bar
+        bottom, top = box(start[2:], ray[2:], half)  # a slab
+        parts = [(near.maximum(bottom), far.minimum(top))]  # and
     if shape in ("sphere", "capsule"):  # it ends in balls; a sphere is a capsule with half = 0
         parts += [ball(start - end * UP, ray, radius) for end in (half, -half)]
     starts = [torch.where(near < far, near, torch.inf) for near, far in parts]  # inf: empty or nan
-    return torch.stack(starts).amin(0)
+    return torch.stack(starts).amin(0)  # or
 
 def outward(shape, radius, half, points):
     """Unit normals (3, n) at surface points (3, n) of an object centred at 0."""
@@ -254,7 +258,7 @@ def outward(shape, radius, half, points):
 
 def draw_room(eye, forward, rays):
     """The empty room: its five weight maps (5, n), and the points seen, (3, n), of floor, walls."""
-    # The walls are a box seen from inside. None is behind: the camera never turns that far.
+    # The walls are a box seen from inside; that behind the camera is never seen.
     _, to_wall = box(eye[:2], rays[:2], WALL_AT)
     to_floor = torch.where(rays[2] < 0, -eye[2] / rays[2], torch.inf)
     points = eye + to_floor.minimum(to_wall) * rays
@@ -414,13 +418,15 @@ def stored(npy, facts, device):
 
 def own_pictures(folder, facts):
     """Facts of the PNG and JPEG files in a folder: all by name, or those that labels.csv lists."""
-    files = [path for path in sorted(folder.glob("[!.]*"))  # but hidden ones
+    files = [path for path in sorted(folder.glob("[!.]*"))  # hidden ones left out
              if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    names, rows, table = [], [[path.name] for path in files], folder / "labels.csv"
+    names, rows = [], [[path.name] for path in files]
+    table = folder / "labels.csv"
     with readable(folder, facts["advice"]):
         if table.exists():
             lines = table.read_text("utf-8-sig").splitlines()  # sig: a mark of Windows
-            (_, *names), *rows = filter(None, csv.reader(lines))  # but empty lines
+            header, *rows = filter(None, csv.reader(lines))  # empty lines left out
+            names = header[1:]  # after "file"
             files.append(table)
         if len(rows) < 2:
             raise ValueError(f"found {len(rows)} pictures, expected 2 or more")
@@ -430,7 +436,7 @@ def own_pictures(folder, facts):
     return facts | dict(stamp=f"-{zlib.crc32(stamp.encode()):08x}")
 
 def table_facts(names, rows, facts):
-    """Add those of rows [file, F numbers]: the values of each column become 0 .. size - 1."""
+    """facts, and what rows [file, F numbers] say. A column's values become 0 .. size - 1."""
     numbers = {file: tuple(map(int, texts)) for file, *texts in rows}
     expect("different pictures", len(numbers), len(rows))
     widths = {len(row) for row in numbers.values()}
@@ -470,7 +476,7 @@ def read_cars3d(path, facts):
     import scipy.io  # slow to import, like h5py
     cars = {}  # file name -> its 96 views, uint8 (64, 64, 3)
     with tarfile.open(path) as archive:
-        for entry in archive:  # it also holds that paper's other datasets
+        for entry in archive:  # it also holds other datasets of Reed et al. (2015)
             if Path(entry.name).match("cars/car_*.mat"):
                 im = scipy.io.loadmat(archive.extractfile(entry))["im"]
                 views = im.transpose(4, 3, 0, 1, 2).reshape(-1, 128, 128, 3)  # (96, 128, 128, 3)

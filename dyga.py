@@ -4,7 +4,7 @@ It sits between the extractor, which turns an image into N latent units of D num
 denoiser. A unit that means one factor (wall hue, say) should take one group of values per
 attribute (per hue). DyGA finds such groups and shows them to the denoiser more compact:
 
-    fit    every r epochs: a Gaussian mixture for each unit, over many images. Its means are the
+    fit    every few epochs: a Gaussian mixture for each unit, over many images. Its means are the
            unit's ANCHORS. How many there are is found as well (Algorithm 2).
     align  in every training step: each unit moves a little to its anchor (Algorithm 3), and the
            denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is that
@@ -49,7 +49,7 @@ class DyGA(nn.Module):
         # keeps what improves the Bayesian information criterion: with k_init 1 it finds the levels
         d_max=8,  # 1 or more: largest d_k. Paper: no limit; a unit is a curve, 8 hold its bends too
         spread=0.5,  # 0 or more: psi; with "always" a cluster is split if samples' mean distance
-        # to its mean exceeds it, in scales (a whole unit's own is about root D)
+        # to its mean exceeds it, in scales (a whole unit's is about root D)
         split_odds=0.5,  # 0 to 1: with "always", chance of any other cluster to be split once
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
     ):
@@ -72,7 +72,7 @@ class DyGA(nn.Module):
         self.register_buffer("live", torch.zeros(n_units, dtype=torch.bool))  # fitted, not constant
         self.register_buffer("anchors", torch.zeros(n_units, k_max, dim))  # in c's space
         self.register_buffer("mask", torch.zeros(n_units, k_max, dtype=torch.bool))
-        self.register_buffer("log_pi", torch.zeros(n_units, k_max))  # from here: see Mixture
+        self.register_buffer("log_pi", torch.zeros(n_units, k_max))  # from here on: a Mixture's
         self.register_buffer("q", torch.zeros(n_units, k_max, dim, self.d_max))
         self.register_buffer("a", torch.ones(n_units, k_max, self.d_max))
         self.register_buffer("b", torch.ones(n_units, k_max))
@@ -93,14 +93,13 @@ class DyGA(nn.Module):
             s_j' = sign(c_j) if |c_j| > scale / 10, else 0
 
         In words: the loss reaches the unit as if there were no anchor, times 1 - delta. The second
-        term is what c changes about the length of the step. No gradient reaches the anchors.
+        term is how c changes delta. No gradient reaches the anchors.
         return_delta: return (c~, delta (B, N)); log its mean: near 0, the anchors do nothing.
         Units constant at the last fit, and all before the first, come back as they are, delta 0."""
         anchor, _ = self.nearest(c)
         x = c.float()  # what follows is elementwise, which autocast leaves in float32
         # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever
-        # the unit's other numbers say: hence s. The released code has ONE delta for the whole
-        # batch, where one such c_j switches alignment off for everybody.
+        # the unit's other numbers say: hence s.
         s = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
         ratio = (x - anchor).abs() / s  # (B, N, D)
         delta = self.lam * (-ratio.mean(-1)).exp() * self.live  # (B, N)
@@ -110,7 +109,7 @@ class DyGA(nn.Module):
     def nearest(self, c):
         """The anchor of highest responsibility, without gradient: c (B, N, D) -> anchor (B, N, D),
         in c's own space, and its number (B, N), int64 below k_max. Before the first fit both are 0,
-        and self.live (N,) is false: a loss that pulls c to anchors is
+        and self.live (N,) is false: a loss that pulls c to anchors (in train.py: Model.forward) is
         ((c - dyga.nearest(c)[0]) * dyga.live[:, None]).abs().mean()."""
         # Paper: Gumbel noise on r, then softmax at temperature 1e-4. As r is in [0, 1], such noise
         # picks the right one of K anchors with chance e / (e + K - 1) only, even where r is 1. The
@@ -168,7 +167,7 @@ class DyGA(nn.Module):
     def select_anchors(self, x, generator):
         """Algorithm 2 for one unit: x (n, D), normalised. Returns a Mixture; adds to self.report.
         An anchor disappears in three ways: EM leaves its component no samples (m_step); a split
-        puts two in its place; its cluster is too small, and filtered. (Each fit begins anew.)"""
+        puts two in its place; its cluster is too small and filtered out. (Each fit begins anew.)"""
         anchors = {}  # how many after each step, for the report
         # Initialise. HDDC: E-step, M-step, update subspaces, at most max_iter times.
         m = m_step(x, plus_plus(x, self.k_init, generator), 1, self.d_max)
@@ -176,7 +175,7 @@ class DyGA(nn.Module):
         anchors["hddc"] = len(m.mu)
         # While there are clusters to split: choose one, split it, fit the halves to its samples.
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
-        chance = torch.rand(self.k_init, generator=generator)  # k_init draws, however many are left
+        chance = torch.rand(self.k_init, generator=generator)  # (k_init,), or more than are left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
         closed = set()  # tried, and not worth it
         while len(m.mu) < self.k_max:
@@ -192,10 +191,11 @@ class DyGA(nn.Module):
                 closed.add(k)
                 continue
             # One half takes the place of k, the other a new one at the end. They share its weight.
-            halves.log_pi.add_(m.log_pi[k])
-            m = m.of([*range(len(m.mu)), k])
-            for slots, half in zip(m, halves):
-                slots[[k, -1]] = half
+            halves = halves._replace(log_pi=halves.log_pi + m.log_pi[k])
+            rows = []
+            for old, new in zip(m, halves):
+                rows.append(torch.cat([old[:k], new[:1], old[k + 1:], new[1:]]))
+            m = Mixture(*rows)
         anchors["split"] = len(m.mu)
         # Remove small Gaussians: their samples are outliers. The largest always stays.
         sizes = [len(part) for part in clusters(x, m)[0]]
@@ -216,20 +216,20 @@ class DyGA(nn.Module):
         # A cut at the mean might go through the middle of a level.
         along = (part - one.mu) @ one.q[0, :, 0]  # (n_k,), of mean 0
         ordered = along.sort().values
-        left = torch.arange(1, len(part))  # (n_k - 1,): how many samples are left of each cut
+        left = torch.arange(1, len(part))  # (n_k - 1,): how many samples lie left of each cut
         right = left.flip(0)
         total = ordered.cumsum(0)[:-1]  # (n_k - 1,): their sum; on the right it is -total
         between = total.square() * (1 / left + 1 / right)
         above = along > ordered[between.argmax()]  # (n_k,)
-        # The halves keep one's d_k: BIC would hold directions of mere noise against a good split.
+        # Both halves keep d_k of `one`: BIC would count a noise direction against a good split.
         d = int(one.d)
         two = m_step(part, torch.stack([~above, above]).to(part.dtype), d, d)
         two, _ = em(part, two, self.max_iter, TOL, d)
         if len(two.mu) < 2:
             return None
         if self.accept == "bic":
-            # Other clusters have no density here: the unit's log-likelihood rises by that of the
-            # part. The new numbers: weight, b; mean; the a_j; directions.
+            # If other clusters have no density here, the unit's log-likelihood rises by that of
+            # this part. The new numbers: weight, b; mean; the a_j; directions.
             gain = 2 * (e_step(part, two)[1] - e_step(part, one)[1])
             D = part.shape[1]
             if gain <= (2 + D + d + d * (D - (d + 1) / 2)) * math.log(n):
@@ -240,11 +240,11 @@ class DyGA(nn.Module):
 class Mixture(NamedTuple):
     """K Gaussians, HDDC's model [a_kj b_k Q_k d_k]: component k has variances a_kj along d_k main
     directions q_kj, and ONE variance b_k along all others: few numbers, so few samples are enough.
-    d_k = D - 1 is a full covariance. (The released code finds directions and never uses them.)"""
+    d_k = D - 1 is a full covariance. In a fit W is D; DyGA's buffers keep d_max of them."""
     log_pi: torch.Tensor  # (K,) log of the weights
     mu: torch.Tensor  # (K, D) means
-    q: torch.Tensor  # (K, D, D) orthonormal directions as columns, the main ones first
-    a: torch.Tensor  # (K, D) variances along them; b_k from the (d_k + 1)-th on
+    q: torch.Tensor  # (K, D, W) orthonormal directions as columns, the main ones first
+    a: torch.Tensor  # (K, W) variances along them; b_k from the (d_k + 1)-th on
     b: torch.Tensor  # (K,) variance along each direction that is not a main one
     d: torch.Tensor  # (K,) int64, how many directions are main ones: see scree
 
@@ -253,7 +253,7 @@ class Mixture(NamedTuple):
 
 def measure(x):
     """Centre (D,) and scale of a unit x (n, D), and whether it is live. The farthest 0.1% of
-    samples may be outliers: they set neither."""
+    samples (one at least) may be outliers: they set neither."""
     distance = (x - x.median(0).values).norm(dim=1)  # (n,)
     x = x[distance <= distance.quantile(0.999)].double()
     centre = x.mean(0)
@@ -274,19 +274,19 @@ def cost(x, m, J):
 
     x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
     J: where the sums over j may stop: the largest d_k or more; beyond d_k their terms are 0."""
-    # q holds all D directions in a fit, d_max in the buffers; those left out have variance b_k.
-    D, width = m.q.shape[-2:]
-    constant = m.a.log().sum(-1) + (D - width) * m.b.log() - 2 * m.log_pi  # (K,)
+    D, W = m.q.shape[-2:]
+    constant = m.a.log().sum(-1) + (D - W) * m.b.log() - 2 * m.log_pi  # (K,); a is b beyond d_k
     constant += D * math.log(2 * math.pi)
     # |x - mu|^2 = |x|^2 - 2 mu . x + |mu|^2 needs no tensor of size K n D.
     square = x.square().sum(-1)[..., None, :] - 2 * m.mu @ x.mT  # (K, n)
     square += m.mu.square().sum(-1)[..., None]
     out = square / m.b[..., None] + constant[..., None]
-    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()  # (K, D); below 0 by rounding
+    # Both sums over y_j^2 in one, to subtract: y_j^2 (1 / b_k - 1 / a_kj), not negative.
+    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()  # (K, W); below 0 by rounding
     for j in range(J):
-        q = m.q[..., j] * weight[..., j, None]  # (K, D)
-        y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
-        out -= y.square()
+        wq = m.q[..., j] * weight[..., j, None]  # (K, D)
+        wy = wq @ x.mT - (wq * m.mu).sum(-1)[..., None]  # (K, n)
+        out -= wy.square()
     return out
 
 def e_step(x, m):
@@ -320,7 +320,7 @@ def m_step(x, r, d_least, d_max):
 
 def scree(eigenvalues):
     """Cattell's scree test, which chooses d_k: among eigenvalues (..., D), given falling, find the
-    last step down above a fifth of the largest; count those before it, 1 to D - 1."""
+    last step down above a fifth of the largest; how many come before it, 1 to D - 1."""
     step = eigenvalues[..., :-1] - eigenvalues[..., 1:]  # (..., D - 1)
     large = step > 0.2 * step.amax(-1, keepdim=True)
     place = torch.arange(1, eigenvalues.shape[-1])  # (D - 1,)
@@ -367,32 +367,32 @@ def informative_units(s, least, most=0.3, bins=20):
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
-    asks for fewer. So units are taken one by one (forward selection), the largest gain *
-    (1 - depends) first. The more of a unit was known, the more it must gain to be kept; and none is
-    kept whose depends exceeds most:
+    asks for fewer. Two readings of one colour need not correlate. So a unit predicts by a step
+    function of its scalar, of `bins` steps with as many images in each, several units by the best
+    sum of theirs; EXPLAINED is the share of a variance that this predicts. Of a candidate,
 
-        gain * (1 - (depends / most)^2) >= least * known
-        gain     what it adds to the share of all scalars' variance that is explained (scalars are
-                 not standardised: large ones count more), times its contrast
-        contrast how far its mean log cosh is from a Gaussian's (FastICA's measure), to the power
-                 1/4. Mixtures of factors are more Gaussian than factors: of x, y and a small x + y,
-                 the sum explains most, and would keep x or y out
-        known    the share of its step functions that kept units explain: 1 for a copy, by chance
-                 U * bins / n (U are kept): so what adds next to nothing goes, too
-        depends  the share of the variance of |s - prediction by kept units| that they explain: a
-                 hue's cosine tells not its sine but the sine's SIZE, so that is no new factor
+        gain     by how much it raises the explained share of all scalars' variance (they are not
+                 standardised: large ones count more), times its contrast
+        known    how much of its own steps the kept units explain: 1 for a copy. By chance it is
+                 U * bins / n (U are kept): so what adds next to nothing is not kept either
+        depends  how much they explain of the size of their own error about it. A hue's cosine
+                 tells the sine's size, not its sign: another reading, and no new factor
 
-    Explained: by the best sum of step functions of units' scalars (as many images in each of the
-    `bins` steps), since two readings of one colour need not correlate."""
+    In turn, that of the largest gain * (1 - depends) is kept if (forward selection)
+
+        gain * (1 - (depends / most)^2) >= least * known.
+
+    The more of a unit was known, the more it must gain; above `most` nothing is enough."""
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
+    # Mixtures of factors are more Gaussian than factors: of x, y and a small x + y, the sum
+    # explains most, and would keep x or y out. So: how far is log(2 cosh x) from a Gaussian's?
     x = s / s.std(0)
-    # log(2 cosh x), whose mean is 1.06772 for a Gaussian.
     contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).abs() ** 0.25  # (N,)
 
     def predict(y, units):
-        """The sum of step functions of these units nearest to y (n, Y), by ridge regression."""
+        """The sum of step functions of these units that is nearest to y (n, Y); a ridge of 1."""
         x = steps[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
         gram = x.T @ x  # (U*bins, U*bins)
         gram.diagonal().add_(1)
@@ -435,8 +435,8 @@ def unmixing(s):
     for _ in range(100):  # some ten are enough
         g = (z @ w.T).tanh()  # (n, U), the slope of log cosh
         w = g.T @ z / len(z) - (1 - g.square()).mean(0)[:, None] * w  # Newton's step
-        u, _, v = torch.linalg.svd(w)
-        w = u @ v  # the nearest rotation: rows stay at right angles
+        u, _, vt = torch.linalg.svd(w)
+        w = u @ vt  # the nearest rotation: rows stay at right angles
     turn = nn.functional.normalize(w @ white)  # (U, U), of standardised scalars
     turn = turn * turn.diagonal().sign()[:, None]  # a direction's sign is as before
     turn = turn * (turn.abs() > 0.1)

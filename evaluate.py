@@ -102,8 +102,9 @@ def read_codes(path, count):
 
 class Probe:
     """A random sample of images, and which unit knows which factor on it.
-    groups: {factor: its best unit, then all other active units that know it best}, of the eight
-    best known factors (CelebA has 40). Without labels {unit: that unit}, of the eight loudest."""
+    groups: {factor: [the unit that knows it best, then all other active ones whose favourite factor
+    it is]}, of the eight best known factors (CelebA has 40). The first may be silent, or know yet
+    another factor better. Without labels {unit: [itself]}, of the eight of largest deviation."""
     def __init__(self, units, ds, n, seed):
         order = np.random.default_rng(seed).permutation(len(ds))
         self.idx = torch.from_numpy(order[:n])  # (n,), none twice
@@ -129,10 +130,9 @@ class Probe:
         self.groups = {}
         best_known = np.argsort(-self.nmi.max(1))[:8]
         for f in sorted(best_known.tolist()):
-            ranked = np.argsort(-self.nmi[f])  # (N,), the unit that knows f best comes first
+            best, *others = np.argsort(-self.nmi[f]).tolist()
             member = self.active & (self.favourite == f)  # (N,)
-            member[ranked[0]] = True
-            self.groups[f] = ranked[member[ranked]].tolist()
+            self.groups[f] = [best, *(u for u in others if member[u])]
 
     def labels(self, most=None):
         """A text for each group, such as "floor hue: unit 3, 7"; of its `most` first, or all."""
@@ -148,10 +148,10 @@ class Probe:
 # factor independently and with replacement, train before test. For images that form no grid give
 # labels 0, 1, ..., int64 (images, K), as factor_sizes. K factors, U units, natural logarithms.
 # Where they disagree: a unit that leaks a bit of a second factor still wins its votes in FactorVAE,
-# while DCI charges for each leak; both let several units share a factor, MIG does not.
+# while DCI charges for each leak. MIG and DCI's completeness mind if several units share a factor.
 
 class Sampler:
-    """Draws codes and factors for one metric, from one generator; no factors of one value."""
+    """Draws codes and factors for one metric, from one generator; factors of one value left out."""
     def __init__(self, encode, factor_sizes, seed, least_factors=1, least_units=1):
         self.encode = encode
         self.least_units = least_units
@@ -171,7 +171,7 @@ class Sampler:
         return checked(self.encode(idx), len(idx), self.least_units)
 
     def draw(self, n):
-        """n codes (n, U) and their factors int64 (n, K). No image without a grid comes twice."""
+        """n codes (n, U), their factors int64 (n, K). Without a grid no image is drawn twice."""
         if self.labels is None:
             factors = self.rng.integers(0, self.sizes, size=(n, len(self.sizes)))
             return self.codes(np.ravel_multi_index(factors.T, self.sizes)), factors
@@ -203,7 +203,7 @@ def gap(scores):
 
 def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, n_test=5_000,
                batch=64):
-    """FactorVAE score (reference 31), 0 to 1: hold one factor fixed, and see which unit is silent.
+    """FactorVAE score (reference 31), 0 to 1: hold one factor fixed, and see which unit stays.
     A vote: fix a random factor k at a random value in `batch` samples. The unit of least variance,
     relative to its variance over everything, gets a vote for k. Training votes name each unit after
     its most frequent factor; the score is how often that name is right on new votes. Units of
@@ -218,7 +218,7 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
         warnings.warn("FactorVAE: no active unit (all have sd < 0.05), so the score is 0")
         return 0.0
     def votes(n):
-        """How often factor k was fixed and active unit d was the most silent, (A, K)."""
+        """How often factor k was fixed and active unit d was the steadiest, (A, K)."""
         table = np.zeros((active.sum(), K))  # (A, K)
         for start in progress(range(0, n, 1024), f"FactorVAE, {n:,} votes, 1,024 at once"):
             m = min(1024, n - start)
@@ -228,8 +228,8 @@ def factor_vae(encode, factor_sizes, seed=0, n_variance=10_000, n_train=10_000, 
                 factors[vote, :, k] = factors[vote, 0, k]  # the first sample sets the value
             idx = np.ravel_multi_index(factors.reshape(-1, K).T, sampler.sizes)  # (m*batch,)
             codes = sampler.codes(idx).reshape(m, batch, -1)[:, :, active]  # (m, batch, A)
-            silent = (codes.var(1, ddof=1) / overall[active]).argmin(1)  # (m,)
-            np.add.at(table, (silent, fixed), 1)
+            steadiest = (codes.var(1, ddof=1) / overall[active]).argmin(1)  # (m,)
+            np.add.at(table, (steadiest, fixed), 1)
         return table
     name = votes(n_train).argmax(1)  # (A,), the lowest where votes tie, 0 where there are none
     return float(votes(n_test)[np.arange(len(name)), name].sum() / n_test)
@@ -317,7 +317,7 @@ def linear_error(x, y):
 
 def infomec(encode, factor_sizes, seed=0, n_train=10_000):
     """InfoMEC (reference 24), without bins. Returns dict, all at most 1:
-    infom, modularity: does a unit know one factor only; infoc, compactness: does one unit only know
+    infom, modularity: does a unit know one factor only; infoc, compactness: does only one unit know
     a factor; infoe, explicitness: how much of its error units save a linear classifier."""
     x, y = Sampler(encode, factor_sizes, seed, least_factors=2).draw(n_train)  # (n, U), (n, K)
     # A measure of scale, not of information: noise may pass, a unit mostly of one value does not.
@@ -425,7 +425,7 @@ def exchange(c_tilde, other, groups):
 class Painter:
     """Generates images, and draws the figures that need the model. steps: of DDIM.
     In figures all start from ONE noise: what differs between two pictures comes from their units.
-    Of several `noises` image i starts from number i modulo noises. Arguments are idx int64 (B,)."""
+    Of several `noises` image i starts from number i modulo noises. Figures take idx int64 (B,)."""
     def __init__(self, model, ds, probe, steps, seed, noises=1):
         self.model, self.ds, self.probe, self.steps = model, ds, probe, steps
         self.groups = list(probe.groups.values())
@@ -481,9 +481,11 @@ class Painter:
             "Cross-attention per unit (light: most), averaged over heads, layers and steps", 2)
 
     def slider(self, idx, most, stops):
-        """What the page's slider shows, of each factor's units and of each of `most` units: image
-        numbers, and strips {text: how many stops, a picture for each image}. Up to `stops` donors,
-        of images sorted by factor or unit; between two of them need not lie a unit of any image."""
+        """Pictures for the page's slider: a strip for each factor's units, and for each of `most`
+        units. At each stop the images idx get these units from another image, the donor; donors are
+        sorted by factor or by unit. (Not interpolated: between two units no image's need lie.)
+        Returns {"images": numbers, "strips": {text: {"stops": how many donors, `stops` at most,
+        "pictures": one for each image, all stops in a row}}}."""
         probe = self.probe
         choices = {}  # by text: the units, and a number for each image to sort the sample by, (n,)
         if probe.names:
@@ -507,7 +509,7 @@ class Painter:
 
     def draw(self, quick):
         """All figures {name: PIL.Image}, and what the page's slider shows."""
-        idx = self.probe.idx.repeat(48)[:48]  # fewer images come again
+        idx = self.probe.idx.repeat(48)[:48]  # a smaller sample is repeated
         width, columns, shown, most = (6, 5, 2, 4) if quick else (8, 9, 3, 8)
         made = {  # in the interchange each source has the next image as its target
             "samples": data.image_grid(self.ds.images(idx).unflatten(0, (4, 12))),
@@ -520,7 +522,7 @@ class Painter:
 
 def nearest_image(ds, images):
     """The image of the WHOLE dataset that looks most like each of these n -> idx int64 (n,).
-    Compared at 8x8 pixels, which read all factors of 576 reconstructions of laptop's stage 1."""
+    Compared at 8x8 pixels: enough to tell all factors of 576 of laptop's reconstructions."""
     def small(images):
         return F.avg_pool2d(images.float(), 8).flatten(1)  # (B, 192)
     query = small(images)  # (n, 192)
@@ -535,12 +537,12 @@ def nearest_image(ds, images):
 
 def control(painter, seed):
     """Beyond the paper: does exchanging a factor's units change that factor, and nothing else?
-    For random pairs of images that differ in all factors, and each factor, the source is generated
-    with the target's units of it. The result has the factors of the image nearest to it. Returns
-    {factor's name, or "mean": dict}: moved, the share of pairs where it has the target's value of
-    the factor; kept, where it has the source's of all others; control, both; off, how many steps
-    from the target's value. Each is a list of four: all units of the factor exchanged; its best
-    alone, as in Figures 3 and 8; the ceiling, stage 1's reconstruction; chance, a random image."""
+    P random pairs of images differ in all factors. For each of R factors the source is generated
+    with the target's units of it; the factors of the result are those of the nearest true image.
+    Returns {factor's name, or "mean": {measure: four numbers}}, means over pairs. moved: it has the
+    target's value of the factor; kept: the source's of all others; control: both; off: |value -
+    target's|. The four: all units of the factor exchanged; its best alone, as in Figures 3 and 8;
+    ceiling, the true image of the wanted factors through stage 1; chance, any image."""
     ds = painter.ds
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(ds.factor_sizes)  # (F,)
@@ -551,7 +553,7 @@ def control(painter, seed):
     wanted = exchange(source, target, exchanged)  # (R, P, F)
     a, b = painter.c_tilde(ds.index(source)), painter.c_tilde(ds.index(target))  # (P, N, D)
     ways = painter.groups + [units[:1] for units in painter.groups]  # 2 R lists of units
-    different = [units for row, units in enumerate(ways) if units not in ways[:row]]
+    different = [units for row, units in enumerate(ways) if units not in ways[:row]]  # each once
     made = painter.generate(exchange(a, b, different), "control")  # (different, P, 3, H, W)
     # In this order: with all units (R rows), with the best (R), reconstructions (R); then chance.
     images = [made[different.index(units)] for units in ways]
@@ -565,6 +567,7 @@ def control(painter, seed):
         moved = right[..., f]  # (4, P)
         kept = right[..., torch.arange(len(sizes)) != f].all(-1)  # (4, P)
         off = (got - want)[..., f].abs()  # (4, P)
+        # (4 measures, 4 kinds of results)
         found[ds.factor_names[f]] = torch.stack([moved, kept, moved & kept, off]).double().mean(-1)
     found["mean"] = torch.stack([*found.values()], -1).mean(-1)
     return {name: dict(zip(("moved", "kept", "control", "off"), numbers.tolist()))
@@ -585,8 +588,9 @@ def figure_units(dyga, probe, sizes, n=1500):
     """Figures 1 and 11: each factor's best unit before and after alignment, in two dimensions."""
     c = probe.c[:n].cpu()  # (n, N, D)
     moves = dyga.align(probe.c[:n]).cpu() - c
-    rows = {"before": 0, f"after, lambda {dyga.lam:g}": 1,
-            "if lambda were 1": 1 / (dyga.lam or 1)}  # a small one moves units too little to see
+    rows = {"before": 0, f"after, lambda {dyga.lam:g}": 1}
+    if dyga.lam:  # a small one moves units too little to see
+        rows["if lambda were 1"] = 1 / dyga.lam
     panels = []
     for f, (u, *_) in probe.groups.items():
         mean = c[:, u].mean(0)  # (D,)
@@ -597,13 +601,14 @@ def figure_units(dyga, probe, sizes, n=1500):
         hues = 300 * probe.factors[:n, f] // max(sizes[f] - 1, 1)  # (n,) red to violet
         panels += [scatter(0.5 + (x + times * moves[:, u]) @ axes, hues, anchors)
                    for times in rows.values()]
-    tiles = torch.stack(panels).unflatten(0, (-1, len(rows))).transpose(0, 1)  # (3, F, 3, H, W)
+    tiles = torch.stack(panels).unflatten(0, (-1, len(rows))).transpose(0, 1)  # (rows, F, 3, H, W)
     return data.image_grid(tiles, rows, probe.labels(1), "Principal components 1 and 2 of "
                            "units, red (the factor's first value) to violet; crosses: anchors")
 
 # ---- Report and command -------------------------------------------------------------------------
 
 # Name on the command line -> function, counts of --quick; the functions' defaults are the paper's.
+# A metric of your own needs a function and a row here (without a grid, in check_flags, too).
 METRICS = {
     "factorvae": (factor_vae, dict(n_variance=2_000, n_train=500, n_test=250)),
     "dci": (dci, dict(n_train=1_000, n_test=1_000)),
@@ -612,7 +617,7 @@ METRICS = {
     "modularity_active": (functools.partial(modularity, active_only=True), dict(n_train=2_000)),
     "sap": (sap, dict(n_train=2_000, n_test=1_000)),
     "infomec": (infomec, dict(n_train=2_000)),
-    "gbt": (gbt_efficiency, dict(n_train=10_000, n_test=5_000)),  # it is slow: left out if quick
+    "gbt": (gbt_efficiency, dict(n_train=10_000, n_test=5_000)),  # slow: --quick skips it
 }
 # The paper's own rows (Tables 1 and 10, 5, 2).
 PAPER_TEXT = """\
@@ -710,12 +715,11 @@ def check_flags(args, ds):
     possible = list(METRICS) if ds.is_grid else ["dci", "infomec", "gbt"]
     if ds.name == "celeba":
         possible = ["tad"]
-    # Scores compare factors. One value for all images, or one for each, is nothing to be told.
+    # A factor with one value for all images, or another for each, cannot be scored.
     if sum(1 < size < len(ds) for size in ds.factor_sizes) < 2:
         possible = []
-    if ds.is_grid and args.checkpoint:
-        possible.append("control")
-    possible.append("figures")
+    if args.checkpoint:
+        possible += ["control", "figures"] if ds.is_grid else ["figures"]
     parts = args.only or [part for part in possible if part != "gbt" or not args.quick]
     wrong = set(parts) - set(possible)
     if wrong:

@@ -7,9 +7,9 @@ cross-attends to. Nothing here is told what a factor is: the training signal is 
 predicts noise better when the units say something useful.
 
 Two bottlenecks make disentangling possible. One scalar per unit: a unit is a curve in R^D, with one
-degree of freedom, so it pays to put one thing on it. And MLPs are private: none sees two scalars.
+degree of freedom, so it pays to put one thing on it. And MLPs are private: each sees one scalar.
 
-    python extractor.py     # prints shapes on the way, and the parameter count (Table 9: 23.570M)
+    python extractor.py     # prints shapes on the way, and how many parameters (23.570M)
 """
 
 from itertools import pairwise
@@ -21,7 +21,7 @@ class UnitLinear(nn.Module):
     """N nn.Linear side by side, one per unit, in one product: (N, B, d_in) -> (N, B, d_out)."""
     def __init__(self, n_units, d_in, d_out):
         super().__init__()
-        bound = d_in ** -0.5  # nn.Linear's own start: uniform within 1/sqrt(d_in)
+        bound = d_in ** -0.5  # as nn.Linear starts: uniform within 1/sqrt(d_in)
         self.weight = nn.Parameter(torch.empty(n_units, d_in, d_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_units, 1, d_out).uniform_(-bound, bound))
 
@@ -36,10 +36,10 @@ class Extractor(nn.Module):
     hidden: widths of the fully connected layers between the CNN and the N scalars.
     unit_hidden: widths of the hidden layers of each unit's private MLP.
     shrink: average the image over shrink x shrink pixels first (paper: 1).
-    unit_relu: end every MLP in a ReLU, as Table 9 does; the laptop preset does not. About half of a
-        unit's numbers are then 0, where equation 6 hardly moves it (see DyGA.align).
-    unit_line: beyond the paper, c = MLP(s) + s w + b. MLPs alone often bent a unit into a V, one
-        arm of which looks like a point along the main direction. A long line keeps bends small.
+    unit_relu: end every MLP in a ReLU, as Table 9 does. About half of a unit's numbers are then 0.
+        Equation 6 divides by them: the unit hardly moves. So the laptop preset leaves it out.
+    unit_line: beyond the paper, c = MLP(s) + s w + b. MLPs alone often bent a unit into a V, and
+        along its main direction, all that metrics see, one arm is a point. A line stretches it.
     fsq_levels: Table 11's rival of DyGA: round the units with FSQ; () does not."""
     def __init__(self, n_units=20, unit_dim=32, channels=(64, 128, 256, 256, 256),
                  hidden=(4096, 256), unit_hidden=(256, 512), shrink=1, unit_relu=True,
@@ -48,7 +48,7 @@ class Extractor(nn.Module):
         self.shrink = shrink
         # Paper: Table 9 gives its second convolution stride 1 and padding 3. That cannot be: its
         # first fully connected layer takes 4096 = 256 x 4 x 4 numbers, so 64 pixels are halved
-        # four times: kernel 4, stride 2, padding 1. The parameter count agrees (23.570M).
+        # four times: kernel 4, stride 2, padding 1.
         layers = [
             nn.Conv2d(3, channels[0], 7, padding=3),
             nn.BatchNorm2d(channels[0]),
@@ -77,13 +77,15 @@ class Extractor(nn.Module):
         self.register_buffer("kept", torch.ones(n_units, dtype=torch.bool))
 
     def scalars(self, x):
-        """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N): all that a unit knows of them."""
+        """Images float (B, 3, H, W) in [-1, 1] -> scalars (B, N), all that units learn of them."""
         x = nn.functional.avg_pool2d(x, self.shrink)  # (B, 3, H/shrink, W/shrink)
         s = self.to_scalars(self.cnn(x).flatten(1))  # (B, C, h, w) -> (B, C*h*w) -> (B, N)
         return s * self.kept  # a silenced unit stays in the set, and says the same of all images
 
     def turn_scalars(self, turn, mean):
-        """The kept scalars s become mean + turn (s - mean). turn (U, U), mean (U,), no_grad."""
+        """Beyond the paper: the U kept scalars s become mean + turn (s - mean), to part factors
+        that units mix (dyga.py, unmixing). The last layer makes s, so its weights are turned.
+        turn (U, U), mean (U,). Call it under no_grad."""
         layer = self.to_scalars[-1]
         layer.weight[self.kept] = turn @ layer.weight[self.kept]
         layer.bias[self.kept] = mean + turn @ (layer.bias[self.kept] - mean)
@@ -104,7 +106,7 @@ class FSQ(nn.Module):
     """Not part of the method, skip it at first: finite scalar quantisation (Mentzer et al. 2023),
     Table 11's rival of DyGA. A unit of c (B, N, D) is mapped to a few numbers, each is rounded to
     one of `levels` evenly spaced values, and the result is mapped back. With the paper's (8, 5, 5)
-    a unit can take 200 values: enough, but on an even grid, whatever the attributes are.
+    a unit can take 200 values, on an even grid, whatever the attributes are.
     Paper: does not say whether all units share the two maps; here they do, as is common."""
     def __init__(self, dim, levels):
         super().__init__()
@@ -124,7 +126,7 @@ def main():
     s = net.scalars(x)
     print(f"scalars    {list(s.shape)}, one number per unit")
     print(f"units c    {list(net.expand(s).shape)}, the set that the U-Net cross-attends to")
-    print(f"parameters {sum(p.numel() for p in net.parameters()):,}; Table 9: 23.570M")
+    print(f"parameters {sum(p.numel() for p in net.parameters()):,}; by hand from Table 9: 23.570M")
 
 if __name__ == "__main__":
     main()

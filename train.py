@@ -9,8 +9,9 @@ It writes to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py a
 log.jsonl and samples.png. README.md draws one step of stage 2.
 
 Each step seeds itself from --seed and its place in the run. So a resumed run ends like one that
-never stopped, to the last bit, on the same CPU with as many threads. With others roundings differ;
-on another device, or with another number of processes, images and noise are drawn anew, too.
+never stopped, to the last bit, on the same CPU with as many threads. With another number of threads
+sums round differently, and the run drifts away: expect other scores. On another device, or with
+another number of processes, images and noise are drawn anew, too.
 """
 
 import argparse
@@ -53,7 +54,7 @@ PRESETS = {
     "paper": "",
     "laptop": """
     # For a laptop's CPU: the paper's method and four additions (unit_line, v_weight, select_at,
-    # unmix_at). Most of what else differs saves time; README.md has a table. On latents of 16x16 a
+    # unmix_at). Most other differences save time; README.md has a table. On latents of 16x16 a
     # U-Net would cost four times as much. One level of 8x8 patches, without residual blocks, leaves
     # time for width. Four channels and a squared error gave sharper pictures than three and L1. A
     # discriminator would double the time of a step.
@@ -84,14 +85,15 @@ PRESETS = {
     # else drop one of a mixed pair, and again later, as they drift back.
     --select_at 0.5 0.7 --unmix_at 0.5 0.65 0.8 0.9
 
-    # A tenth of Shapes3D, each image drawn 4.7 times on average: it is encoded only once, and
-    # anchors, fitted every 48,000, have time to act. The moving average is short, like the run.
+    # A tenth of Shapes3D, each image drawn 4.7 times on average and encoded only once. Anchors are
+    # fitted every 48,000 images. The moving average is short, like the run.
     --images 224000 --pool_images 48000 --fit_images 5000 --ema_half_life 20000
     """,
 }
 PRESETS["minute"] = PRESETS["laptop"] + """
     # For a first look: the twin's three hues alone, 1,000 images, so nearly everything may be
-    # smaller. Latents of 4x4 (of more channels, therefore) leave the U-Net one level.
+    # smaller. Latents of 4x4 (of more channels, therefore) leave the U-Net one level. Anchors are
+    # fitted every 6,000 images. Batch, warm-up, groups and DDIM steps were not searched.
     --vary "floor hue,wall hue,object hue" --vqgan.multipliers 1 2 --vqgan.channels 32
     --vqgan.codebook_size 512 --vqgan.z_channels 8 --stage1.images 4800 --stage1.restart_images 800
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
@@ -241,7 +243,7 @@ def scalars_of(run):
     return s
 
 def select_units(run):
-    """Beyond the paper: silence redundant units, judged by the averaged weights' scalars."""
+    """Beyond the paper: silence units in both models that are redundant in the average."""
     kept = informative_units(scalars_of(run), run.cfg["select_least"])
     for model in (run.model, run.average):
         model.extractor.kept.zero_()
@@ -250,8 +252,8 @@ def select_units(run):
 
 @torch.no_grad()
 def unmix_units(run):
-    """Beyond the paper: part factors that kept units mix. Private MLPs and U-Net stay, and learn to
-    read the new scalars; anchors stay as they were until their next fit, if there is one."""
+    """Beyond the paper: part factors that kept units mix, in both models. Private MLPs and U-Net
+    learn to read the new scalars; until the next fit, if any, anchors are those of the old ones."""
     s = scalars_of(run)[:, run.average.extractor.kept]  # (n, U)
     turn = unmixing(s.cpu()).to(s)  # (U, U); too small for a GPU
     for model in (run.model, run.average):
@@ -272,15 +274,17 @@ def fit_anchors(run, model):
             anchors=model.dyga.mask.sum(1).tolist())
 
 def make_optimizers(cfg, networks, others, betas, weight_decay):
-    """A list of one optimiser or two. Muon has what has two or more dimensions in `networks`.
-    `others` are never Muon's: a codebook is a table of points, not a map between spaces."""
-    adamw, muon = [*torch.nn.ModuleList(others).parameters()], []
+    """A list: AdamW, and with muon also Muon, for the networks' weights of two or more dimensions.
+    Never for `others`: a codebook, say, is a table of points, not a map between spaces."""
+    matrices, rest = [], [p for network in others for p in network.parameters()]
     for p in torch.nn.ModuleList(networks).parameters():
-        chosen = muon if cfg["optimizer"] == "muon" and p.ndim > 1 else adamw
+        chosen = matrices if cfg["optimizer"] == "muon" and p.ndim > 1 else rest
         chosen.append(p)
     # The learning rates are set at every step, see below. fused: the whole update in one kernel.
-    optimizers = [torch.optim.AdamW(adamw, 0.0, betas, weight_decay=weight_decay, fused=True)]
-    return optimizers + [Muon(muon, 0.0)] if muon else optimizers
+    optimizers = [torch.optim.AdamW(rest, 0.0, betas, weight_decay=weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices, 0.0))
+    return optimizers
 
 def step(optimizers, lr):
     """One step of every optimiser at this learning rate."""
@@ -579,27 +583,23 @@ def parse():
     device = pick_device(args.device)
     preset = args.preset or ("paper" if device.type == "cuda" else "laptop")
     out = Path(args.out or f"out/{args.dataset}-{preset}")
-    if (out / "ckpt.pt").exists() and not args.resume:
-        raise UserError(f"{out} holds a run already; add --resume, or choose another --out")
-    if args.resume:  # a run goes on with the settings that it began with
-        ckpt = read_checkpoint(out / "ckpt.pt")
-        begun = {name: held for name, held in ckpt["config"].items() if name not in HERE}
-        parser.set_defaults(**begun)
-        cfg = vars(parser.parse_args())
-        # Between the stages, those of stage 2 may differ: to try several, copy the folder of a
-        # finished stage 1 and resume each copy. Later not: the learning rate follows the length
-        # planned at the start.
-        between = ckpt["stage"] == 2 and not ckpt["seen"][2]
-        for name, held in begun.items():
-            stage1 = name.startswith(("vqgan.", "stage1.")) or name in ("dataset", "source", "vary")
-            if cfg[name] != held and (stage1 or not between):
-                raise UserError(f"--{name} {cfg[name]}: the run began with {held}; leave it out")
-    else:
-        ckpt = None
+    if not args.resume:
+        if (out / "ckpt.pt").exists():
+            raise UserError(f"{out} holds a run already; add --resume, or choose another --out")
         flags = PRESETS[preset] + (PER_DATASET.get(args.dataset, "") if preset == "paper" else "")
         cfg = vars(parser.parse_args(shlex.split(flags, comments=True) + sys.argv[1:]))
-        cfg["preset"] = preset
-    cfg["out"] = str(out)
+        return cfg | {"preset": preset, "out": str(out)}, device, None
+    ckpt = read_checkpoint(out / "ckpt.pt")
+    begun = {name: held for name, held in ckpt["config"].items() if name not in HERE}
+    parser.set_defaults(**begun)  # flags that are left out keep the run's values
+    cfg = vars(parser.parse_args()) | {"out": str(out)}
+    # Before its first step stage 2 may get other settings: copy a finished stage 1's folder and
+    # resume each copy with its own. Later not: the learning rate follows the planned length.
+    between = ckpt["stage"] == 2 and not ckpt["seen"][2]
+    for name, held in begun.items():
+        stage1 = name.startswith(("vqgan.", "stage1.")) or name in ("dataset", "source", "vary")
+        if cfg[name] != held and (stage1 or not between):
+            raise UserError(f"--{name} {cfg[name]}: the run began with {held}; leave it out")
     return cfg, device, ckpt
 
 def check_settings(cfg, world):
@@ -684,8 +684,8 @@ def main():
         try:
             train_stage2(run)
         except torch.OutOfMemoryError as error:
-            raise UserError(f"--batch {cfg['batch']}: a step of stage 2 does not fit into the "
-                            f"memory of {device}; go on with half of that and --resume") from error
+            raise UserError(f"--batch {cfg['batch']}: stage 2 does not fit into the memory of "
+                            f"{device}; halve it (with --resume if no step was done)") from error
     run.save()
     if world > 1:
         dist.destroy_process_group()

@@ -4,16 +4,17 @@ Where it sits: stage 1 (vqgan.py) turned an image into a small latent z0. The ex
 same image into N latent units c, which alignment (dyga.py) turns into c~ (c_tilde). Diffusion
 drowns z0 in noise, and this network must say what the noise was, given the units:
 
-    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps              (t steps of equation 1)
+    z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps          (all steps of equation 1)
     eps^ = UNet(z_t, t, c~)                          (its distance from eps: equation 2)
 
 Table 8's U-Net on a latent of 16x16. () is a ResBlock, (+) one with a Transformer, where each pixel
-looks up the units. On the way up each takes one skip; a level's third is conv's, or a step down's.
+looks up the units. Not drawn: those that halve or double the size. Each on the way up takes a skip:
+what came into its level on the way down, or left one of its blocks. The last comes first.
 
     z_t -> conv -> 16x16 (+)(+) --.                              .-> 16x16 (+)(+)(+) -> conv -> eps^
                        8x8 (+)(+) --.        skips             .-> 8x8 (+)(+)(+)
                          4x4 (+)(+) --. ---------------------> 4x4 (+)(+)(+)
-                            2x2 ()() --> middle () (+) () --> 2x2 ()()()
+                            2x2 ()() --> middle (+) () -----> 2x2 ()()()
 
 The units enter by cross-attention only. But what the noisy latent already shows, the network can
 copy through its skips without asking the units. *Skip dropout* (section 3.3, equation 7) blinds
@@ -37,7 +38,7 @@ def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
     return torch.cumprod(1 - betas, dim=0).float()  # float64 until here: 1,000 rounded products
 
 def add_noise(z0, eps, t, alpha_bar):
-    """t steps of equation 1: z0 and eps (B, Z, h, w), times t int64 (B,) -> z_t (B, Z, h, w)."""
+    """All steps of equation 1: z0 and eps (B, Z, h, w), times t int64 (B,) -> z_t (B, Z, h, w)."""
     a = alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     return a.sqrt() * z0 + (1 - a).sqrt() * eps
 
@@ -49,7 +50,7 @@ def time_embedding(t, dim):
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
 def zero(module):
-    """Start a layer at 0: its residual branch adds nothing at first, which steadies training."""
+    """Start a layer at 0: a residual branch adds nothing at first, which steadies training."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -57,7 +58,7 @@ def zero(module):
 def drop_channels(x, rate, training):
     """Zero whole channels of x (B, C, h, w), each with probability `rate` (1 - p in equation 7).
     Dropping single pixels would hide almost nothing: their neighbours nearly repeat them.
-    Paper: equation 7 multiplies by the Bernoulli mask alone. We also divide by p, as its released
+    Paper: equation 7 multiplies by the Bernoulli mask alone. We also divide by p, as the released
     code does, so that the expected value is the same in training and at test time."""
     if not training or rate == 0:
         return x
@@ -151,7 +152,7 @@ class Blocks(nn.ModuleList):
 # ---- The U-Net -----------------------------------------------------------------------------------
 class UNet(nn.Module):
     """LDM's denoising U-Net. Table 8 with the default arguments.
-    channels, context_dim: Z, of the latent; D, of a unit.
+    channels: Z, of the latent. context_dim: D, of a unit.
     base: width of the first level; a multiple of `groups` and of `heads`.
     multipliers: width of each level, in `base`; each level but the last halves the size.
     res_blocks: residual blocks per level on the way down; one more on the way up.
@@ -160,9 +161,10 @@ class UNet(nn.Module):
     groups, dropout: of every GroupNorm; inside the residual blocks.
     skip_dropout: probability that a channel of a skip is dropped (1 - p in equation 7).
     skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions are
-        not injected through cross attention": with Table 8, 2x2 only. "released": what made the
-        paper's tables. Its code drops where the feature's SIDE in pixels (16, 8, 4, 2) is not in
-        the list of FACTORS [1, 2, 4]: at 16x16 and 8x8, where conditions ARE injected.
+        not injected through cross attention": with Table 8, 2x2 (though the middle has one there).
+        "released": what made the paper's tables. Its code drops where the feature's SIDE in pixels
+        (16, 8, 4, 2) is not in the list of FACTORS [1, 2, 4]: at 16x16 and 8x8, where conditions
+        ARE injected.
     backbone_dropout: Table 12's control: drop channels of the backbone at those places.
     self_attention: False leaves out the Transformers' self-attention."""
     def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2,
@@ -222,7 +224,7 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
 
     def drops_skips(self, factor, side):
-        """Does skip dropout act where features are side x side pixels, `factor` downsampled?"""
+        """Does skip dropout act at this level? factor: its downsampling; side: its pixels' side."""
         if self.skip_dropout_where == "text":
             return factor not in self.attention_at
         return side not in self.attention_at  # compares pixels with factors, as released
@@ -251,12 +253,13 @@ def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"
     """Equation 2: latents z0 (B, Z, h, w), units c_tilde (B, N, D) -> loss of the U-Net's guess.
     kind: "l1" or "mse". Paper: equation 2 names no norm; the released configuration says l1.
     t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0
-    the noisy latent shows everything, near T almost nothing can be told.
-    v_weight: time t counts alpha_bar_t^-v_weight. 0, the paper's, is the error of eps, and 1 (with
-    mse) that of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z0 (Salimans & Ho 2022). In eps the
-    noisiest times hardly count: its squared error is alpha_bar / (1 - alpha_bar) times that of z0.
-    But only there a unit is asked WHICH hue it is: at others z_t shows it to whoever knows it
-    roughly. (train.py lets v_weight grow, so its losses early and late do not compare.)"""
+    the noisy latent shows everything, near T next to nothing.
+    v_weight: the error at time t counts alpha_bar_t^(-v_weight) times. With 0, the paper's, it is
+    the error of eps. With 1 and mse it is that of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z0
+    (Salimans & Ho 2022), as then v^ - v = (eps^ - eps) / sqrt(alpha_bar). Why: where z_t is mostly
+    noise, the units alone can say WHICH hue it is; elsewhere, to know it roughly is enough. But at
+    those times the error of eps is small whatever units say. (train.py lets v_weight grow, so its
+    losses early and late do not compare.)"""
     B, T = len(z0), len(alpha_bar)
     if t_sampling == "uniform":
         t = torch.randint(T, (B,), device=z0.device)
@@ -271,7 +274,7 @@ def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"
 def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
     """Deterministic DDIM (eta = 0): noise (B, Z, h, w), units c_tilde (B, N, D) -> latents.
     Each step asks the U-Net for the noise, computes the clean latent that this implies, and goes
-    to an earlier time with the same noise: the same noise and units give the same latent.
+    to an earlier time with eps_hat: no chance, so one start and one set of units give one latent.
     steps: 1 to the schedule's length. attention=True also returns maps (B, N, h, w): the mean
     cross-attention over heads, Transformers and steps, each resized (DAAM's way, reference 60)."""
     times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().long().tolist()  # noisiest first
@@ -299,8 +302,8 @@ def ddim(unet, noise, c_tilde, alpha_bar, steps=100, attention=False):
 def ema_update(average, module, half_life, batch, images_seen):
     """Move `average`, a copy of `module`, towards it: an exponential moving average over images.
     half_life: training images after which a weight's influence has halved, whatever the batch. The
-    paper's 0.9999 per step of 512 images is a half-life of 512 ln 2 / 0.0001 = 3.55 million. At
-    most 8% of the images seen, or the random start would stay for long (like LDM's warm-up)."""
+    paper's 0.9999 per step of 512 images is a half-life of 512 ln 2 / 0.0001 = 3.55 million. It
+    is capped at 8% of the images seen, or the random start would linger (like LDM's warm-up)."""
     weight = 1 - 0.5 ** (batch / min(half_life, 0.08 * images_seen))
     for old, new in zip(average.state_dict().values(), module.state_dict().values()):
         if old.is_floating_point():  # weights, and BatchNorm's statistics like them
@@ -326,8 +329,9 @@ class Muon(torch.optim.Optimizer):
     Every direction in which a layer can learn gets a step of the same size, while AdamW's steps
     follow the few directions of large gradients. Small but telling ones, such as those of an
     object's shape beside the hues', are learnt early that way. Steps are scaled to the usual size
-    of AdamW's (Liu et al. 2025), which keeps one-dimensional weights: one learning rate serves
-    both. Paper: names no optimiser; the code that it builds on has AdamW, as the paper preset."""
+    of AdamW's (Liu et al. 2025): one learning rate serves both. Weights of one dimension stay with
+    AdamW (make_optimizers in train.py); a UnitLinear's biases, N matrices of one row, come here.
+    Paper: names no optimiser; the code that it builds on uses AdamW, as the paper preset does."""
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
@@ -347,15 +351,12 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.view_as(p), alpha=0.2 * group["lr"] * max(m, n) ** 0.5)
 
 def main():
-    """Build the paper-size U-Net, run one batch and print what happens at every level."""
+    """Build the paper-size U-Net, run one batch, print sizes, and where skips are dropped."""
     net = UNet()
-    z_t = torch.randn(2, 3, 16, 16)
-    c_tilde = torch.randn(2, 20, 32)
     maps = []
-    eps_hat = net(z_t, torch.tensor([10, 900]), c_tilde, maps)
+    eps_hat = net(torch.randn(2, 3, 16, 16), torch.tensor([10, 900]), torch.randn(2, 20, 32), maps)
     print(f"parameters {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M (Table 8: 37.550M)")
-    print(f"z_t {tuple(z_t.shape)}, units {tuple(c_tilde.shape)} -> eps^ {tuple(eps_hat.shape)}")
-    print("units are looked up by", ", ".join(str(m.shape[1]) for m in maps), "pixels")
+    print(f"eps^ {list(eps_hat.shape)}; pixels that look up units:", *[m.shape[1] for m in maps])
     for where in ("released", "text"):
         net.skip_dropout_where = where
         dropped = {16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}

@@ -32,11 +32,11 @@ def to_uint8(x):
 
 # ---- Building blocks, smallest first -------------------------------------------------------------
 def norm_silu(channels, group_channels):
-    """GroupNorm and SiLU: what precedes each 3x3 convolution of a ResBlock, and the last ones.
-    LDM has 32 groups, in networks of 128 channels and more. At Table 7's 32 channels, 32 groups
-    would normalise every channel by itself, and with its mean goes the very thing that tells a red
-    wall from a blue one. So a group has at least `group_channels` channels here."""
-    groups = math.gcd(32, channels, channels // group_channels)
+    """GroupNorm and SiLU, before each 3x3 convolution of a ResBlock and the last 3x3 of encoder and
+    decoder. LDM has 32 groups, in networks of 128 channels and more. At Table 7's 32 channels, 32
+    groups would be of one channel each, and take away its mean, which is what tells a red wall from
+    a blue one. So a group has at least `group_channels` channels here, if there are so many."""
+    groups = math.gcd(32, channels, max(1, channels // group_channels))  # must divide channels
     return nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU())
 
 class ResBlock(nn.Module):
@@ -89,19 +89,19 @@ def middle(width, g):
 class Codebook(nn.Module):
     """K vectors; `forward` replaces each latent vector by its nearest (van den Oord et al. 2017).
     A code that is never nearest gets no gradient, so a codebook easily collapses to a few used
-    entries. `restart` cures that: codes that nobody used lately move onto latents of the batch."""
+    entries. `restart` cures that: codes that nothing chose since the last one move onto latents."""
     def __init__(self, size, dim):
         super().__init__()
         self.codes = nn.Parameter(torch.empty(size, dim).uniform_(-1 / size, 1 / size))
         self.register_buffer("uses", torch.zeros(size))  # times chosen since the last restart
 
     def forward(self, z):
-        """Unscaled z (B, Z, h, w) -> quantised z (B, Z, h, w), codebook and commitment loss."""
+        """The encoder's z (B, Z, h, w) -> quantised z, likewise, codebook and commitment loss."""
         B, Z, h, w = z.shape
         flat = z.detach().permute(0, 2, 3, 1).reshape(-1, Z)  # (B*h*w, Z)
         # Nearest code: |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code.
         found = (self.codes.square().sum(1) - 2 * flat @ self.codes.T).argmin(dim=1)  # (B*h*w,)
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # not for pictures drawn between two steps
             self.uses += torch.bincount(found, minlength=len(self.codes))
         e = self.codes[found].view(B, h, w, Z).permute(0, 3, 1, 2)  # (B, Z, h, w)
         codebook_loss = F.mse_loss(e, z.detach())  # moves the codes towards the encoder
@@ -111,7 +111,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z):
-        """Move each unused code onto a random latent vector of z (B, Z, h, w), count anew."""
+        """Move unused codes (at step 1 all) onto random latents of z (B, Z, h, w); count anew."""
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B*h*w, Z)
         pick = torch.randint(len(flat), (len(self.codes),), device=z.device)
         unused = self.uses == 0  # (K,)
@@ -177,7 +177,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images uint8 (B, 3, H, W) -> latents z0 (B, Z, H/f, W/f), scaled, not quantised."""
+        """Images uint8 (B, 3, H, W) -> latents z0 (B, Z, h, w), scaled, not quantised."""
         return self.encoder(to_float(images)).float() / self.latent_std
 
     @torch.no_grad()
@@ -194,7 +194,7 @@ class VQGAN(nn.Module):
         """End stage 1: measure latent_std on images uint8 (n, 3, H, W) -> their PSNR in dB."""
         self.eval()
         z = torch.cat([self.encode(x) for x in images.split(128)])  # (n, Z, h, w)
-        self.latent_std.copy_(z.std())
+        self.latent_std.mul_(z.std())  # encode() has divided by the old one, which was 1
         drawn = torch.cat([self.reconstruct(x) for x in images.split(128)])  # (n, 3, H, W)
         return psnr(images, drawn)
 
@@ -218,24 +218,26 @@ class PatchDiscriminator(nn.Sequential):
 def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment=0.25):
     """Losses on images x float (B, 3, H, W) in [-1, 1] -> (the VQ-GAN's loss, a dict for the log).
     kind: "l1", LDM's, or "mse", four times the squared error (about as large as L1 early on), which
-    cares most for the few pixels that are far off, those at edges. disc: a PatchDiscriminator, or
-    None. The dict has 0-dim tensors; disc_loss, if any, trains the discriminator."""
+    counts most the few pixels that are far off, those at edges. disc: a PatchDiscriminator, or
+    None; disc_weight: of its judgement, commitment: of the loss of that name. The dict has 0-dim
+    tensors; disc_loss, if any, trains the discriminator."""
     z_q, codebook_loss, commitment_loss = vqgan.codebook(vqgan.encoder(x))
     x_hat = vqgan.decoder(z_q)  # (B, 3, H, W)
     mse = F.mse_loss(x_hat, x)
     reconstruction = 4 * mse if kind == "mse" else F.l1_loss(x_hat, x)
     loss = reconstruction + codebook_loss + commitment * commitment_loss
-    row = {"psnr": 10 * torch.log10(4 / mse),  # of a range of 2
-           "codes_used": (vqgan.codebook.uses > 0).float().mean()}  # collapse would show here
+    row = {"psnr": 10 * torch.log10(4 / mse),  # of the whole batch; values are 2 apart at most
+           "codes_used": (vqgan.codebook.uses > 0).float().mean()}  # since the last restart
     if disc:
         adversarial = -disc(x_hat).mean()  # the decoder wants its patches called real
-        # Weighed to pull as hard as the reconstruction loss, however their scales drift: by the
-        # ratio of gradient norms at the decoder's last convolution (Esser et al. 2021). In all
-        # layers before it both gradients pass the same weights, and one small layer is cheap.
+        # Weighted until, at the decoder's last convolution, it pulls disc_weight times as hard as
+        # the reconstruction loss (Esser et al. 2021). Why there? Before it both gradients pass
+        # through the same layers, so their ratio stays alike, and one small layer is cheap.
         last = vqgan.decoder[-2].weight
-        wanted, = torch.autograd.grad(reconstruction, last, retain_graph=True)
-        found, = torch.autograd.grad(adversarial, last, retain_graph=True)
-        weight = disc_weight * (wanted.norm() / (found.norm() + 1e-4)).clamp(max=1e4)
+        g_reconstruction, = torch.autograd.grad(reconstruction, last, retain_graph=True)
+        g_adversarial, = torch.autograd.grad(adversarial, last, retain_graph=True)
+        ratio = g_reconstruction.norm() / (g_adversarial.norm() + 1e-4)
+        weight = disc_weight * ratio.clamp(max=1e4)
         loss = loss + weight * adversarial
         row["adversarial_weight"] = weight
         # Hinge loss: push real patches above +1, drawn ones below -1, and no further.

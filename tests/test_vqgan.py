@@ -32,6 +32,14 @@ def test_restart_moves_exactly_the_unused_codes_onto_latents():
     rows = z.permute(0, 2, 3, 1).reshape(-1, 3)
     assert all((rows == code).all(dim=1).any() for code in book.codes[~used])
 
+def test_a_picture_drawn_between_two_steps_counts_no_code_as_used():
+    # Pictures come by the clock: counted, they would make a run's restarts depend on its speed.
+    net = V.VQGAN(channels=16, multipliers=(1,), res_blocks=1, codebook_size=32, patch=8).train()
+    net.reconstruct(IMAGES)
+    assert not net.codebook.uses.any()
+    net.codebook(net.encoder(V.to_float(IMAGES)))
+    assert net.codebook.uses.any()
+
 def test_paper_size_turns_64x64_pixels_into_3x16x16_latents_and_quantises_before_it_decodes():
     net = V.VQGAN().eval()
     z = net.encode(IMAGES[:2])
