@@ -220,8 +220,7 @@ def shade(ambient, points, normals, forward):
     return ambient + 0.58 * headlight.clamp(min=0) + 0.95 * spot
 
 # A ray start + depth * ray is inside a convex solid for ONE interval of depths, (near, far): inside
-# A and B for (larger near, smaller far); inside A or B from the smaller near on. So boxes and balls
-# are enough: a cylinder is an endless bar AND a slab; a capsule, a cylinder OR two balls.
+# two at once for (the larger near, the smaller far). So boxes and balls are enough, see first_hit().
 def box(start, ray, half):
     """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
     a, b = (-half - start) / ray, (half - start) / ray
@@ -238,14 +237,16 @@ def first_hit(shape, radius, half, start, ray):
     """Depth (n,) at which rays (3, n) enter an object centred at 0; inf where they miss it."""
     if shape == "cube":
         parts = [box(start, ray, radius)]
-    else:
-        near, far = ball(start[:2], ray[:2], radius)  # an endless bar
-        bottom, top = box(start[2:], ray[2:], half)  # a slab
-        parts = [(near.maximum(bottom), far.minimum(top))]  # and
-    if shape in ("sphere", "capsule"):  # it ends in balls; a sphere is a capsule with half = 0
-        parts += [ball(start - end * UP, ray, radius) for end in (half, -half)]
-    starts = [torch.where(near < far, near, torch.inf) for near, far in parts]  # inf: empty or nan
-    return torch.stack(starts).amin(0)  # or
+    else:  # a cylinder: inside an endless round bar and a slab at once
+        near, far = ball(start[:2], ray[:2], radius)
+        bottom, top = box(start[2:], ray[2:], half)
+        parts = [(near.maximum(bottom), far.minimum(top))]
+    if shape in ("sphere", "capsule"):  # it ends in balls; a sphere's cylinder has no height
+        for end in (half, -half):
+            parts.append(ball(start - end * UP, ray, radius))
+    # The first part that it enters counts. A part it misses has far < near, or nan.
+    depths = [torch.where(near < far, near, torch.inf) for near, far in parts]
+    return torch.stack(depths).amin(0)
 
 def outward(shape, radius, half, points):
     """Unit normals (3, n) at surface points (3, n) of an object centred at 0."""

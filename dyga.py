@@ -273,28 +273,25 @@ def cost(x, m, J):
         + sum_j log a_kj + (D - d_k) log b_k - 2 log pi_k + D log(2 pi).
 
     x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
-    J: where the sums over j may stop: the largest d_k or more; beyond d_k their terms are 0."""
+    J: where the sums over j may stop: the largest d_k or more. Beyond d_k a_kj is b_k."""
     D, W = m.q.shape[-2:]
-    constant = m.a.log().sum(-1) + (D - W) * m.b.log() - 2 * m.log_pi  # (K,); a is b beyond d_k
+    constant = m.a.log().sum(-1) + (D - W) * m.b.log() - 2 * m.log_pi  # (K,)
     constant += D * math.log(2 * math.pi)
     # |x - mu|^2 = |x|^2 - 2 mu . x + |mu|^2 needs no tensor of size K n D.
     square = x.square().sum(-1)[..., None, :] - 2 * m.mu @ x.mT  # (K, n)
     square += m.mu.square().sum(-1)[..., None]
     out = square / m.b[..., None] + constant[..., None]
-    # Both sums over y_j^2 in one, to subtract: y_j^2 (1 / b_k - 1 / a_kj), not negative.
-    weight = (1 / m.b[..., None] - 1 / m.a).clamp(min=0).sqrt()  # (K, W); below 0 by rounding
     for j in range(J):
-        wq = m.q[..., j] * weight[..., j, None]  # (K, D)
-        wy = wq @ x.mT - (wq * m.mu).sum(-1)[..., None]  # (K, n)
-        out -= wy.square()
+        q = m.q[..., j]  # (K, D)
+        y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
+        out += (1 / m.a[..., j] - 1 / m.b)[..., None] * y.square()
     return out
 
 def e_step(x, m):
     """Responsibilities r (K, n), equation 4, and the log-likelihood, a float."""
     log_density = -0.5 * cost(x, m, int(m.d.max()))  # (K, n)
-    r = log_density.softmax(0)
-    likelihood = log_density.amax(0) - r.amax(0).log()  # (n,): r = density / sum; cheap logsumexp
-    return r, likelihood.sum(dtype=torch.float64).item()
+    likelihood = log_density.logsumexp(0)  # (n,)
+    return log_density.softmax(0), likelihood.sum(dtype=torch.float64).item()
 
 def m_step(x, r, d_least, d_max):
     """The mixture that is most likely under responsibilities r (K, n). The scree test chooses d_k,
