@@ -219,8 +219,8 @@ def shade(ambient, points, normals, forward):
     spot = (normals * to_light).sum(0).clamp(min=0) * to_light[2] ** 10  # cosine law times cone
     return ambient + 0.58 * headlight.clamp(min=0) + 0.95 * spot
 
-# A ray start + depth * ray is inside a convex solid for ONE interval of depths, (near, far): inside
-# two at once for (the larger near, the smaller far). So boxes and balls are enough, see first_hit().
+# A ray start + depth * ray is inside a convex solid for ONE interval of depths, (near, far), and
+# inside two at once for (the larger near, the smaller far). So boxes and balls are enough.
 def box(start, ray, half):
     """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
     a, b = (-half - start) / ray, (half - start) / ray
