@@ -77,12 +77,12 @@ PRESETS = {
     # squared error than with L1. What is known roughly then becomes precise: the loss moves from
     # the error of eps to that of v. (From the start on, small objects would be learnt too late.)
     --optimizer muon --t_sampling logit_normal --loss mse --v_weight 1
-    # Batches of 32 learn more from an image, but take a third longer for it. We have not searched
-    # for better rates, warm-up, decay and clipping.
+    # Batches of 32 learn more from an image, but take a third longer for it. Not searched for:
+    # better rates, batch of stage 1, warm-up, decay, clipping, and the shares below.
     --lr 2e-3 --batch 64 --warmup 6400 --decay 0.3 --clip 1
-    # Beyond the paper: redundant units are silenced (select_units), twice, as the kept ones change.
-    # Kept ones are turned until independent (unmix_units): before the second selection, which would
-    # else drop one of a mixed pair, and again later, as they drift back.
+    # Beyond the paper: redundant units are silenced (select_units), twice, as kept ones change
+    # meanwhile. Kept ones are turned until independent (unmix_units): before the second selection,
+    # which would otherwise drop one of a mixed pair, and again later, as they drift back.
     --select_at 0.5 0.7 --unmix_at 0.5 0.65 0.8 0.9
 
     # A tenth of Shapes3D, each image drawn 4.7 times on average and encoded only once. Anchors are
@@ -91,7 +91,7 @@ PRESETS = {
     """,
 }
 PRESETS["minute"] = PRESETS["laptop"] + """
-    # For a first look: the twin's three hues alone, 1,000 images, so nearly everything may be
+    # For a first look: Shapes3D's three hues alone, 1,000 images, so nearly everything may be
     # smaller. Latents of 4x4 (of more channels, therefore) leave the U-Net one level. Anchors are
     # fitted every 6,000 images. Batch, warm-up, groups and DDIM steps were not searched.
     --vary "floor hue,wall hue,object hue" --vqgan.multipliers 1 2 --vqgan.channels 32
@@ -220,6 +220,7 @@ def train_stage2(run):
         ema_update(average.extractor, model.extractor, cfg["ema_half_life"], batch, seen)
         ema_update(average.unet, model.unet, cfg["ema_half_life"], batch, seen)
 
+        # In the step that crosses such a share of the course.
         if any(now < share * total <= seen for share in cfg["select_at"]):
             select_units(run)
         if any(now < share * total <= seen for share in cfg["unmix_at"]):
@@ -243,7 +244,7 @@ def scalars_of(run):
     return s
 
 def select_units(run):
-    """Beyond the paper: silence units in both models that are redundant in the average."""
+    """Beyond the paper: silence units, in both models, that are redundant in the average."""
     kept = informative_units(scalars_of(run), run.cfg["select_least"])
     for model in (run.model, run.average):
         model.extractor.kept.zero_()
@@ -252,8 +253,8 @@ def select_units(run):
 
 @torch.no_grad()
 def unmix_units(run):
-    """Beyond the paper: part factors that kept units mix, in both models. Private MLPs and U-Net
-    learn to read the new scalars; until the next fit, if any, anchors are those of the old ones."""
+    """Beyond the paper: part factors that kept units mix, by one turn for both models, measured on
+    the average. MLPs and U-Net learn to read new scalars; anchors stay old until their next fit."""
     s = scalars_of(run)[:, run.average.extractor.kept]  # (n, U)
     turn = unmixing(s.cpu()).to(s)  # (U, U); too small for a GPU
     for model in (run.model, run.average):
@@ -315,8 +316,8 @@ class Run:
         order = torch.randperm(len(self.ds), generator=generator).to(device)
         self.fit_idx = order[:cfg["fit_images"]]
         self.pool = order[:min(cfg["pool_images"], cfg["images"])]  # no more than will be seen
-        # AdamW's averages: LDM's short ones where the loss moves with the discriminator. Its weight
-        # decay, 0.01 in stage 2, is torch's and LDM's default; the paper names none. Muon has none.
+        # AdamW's averages: LDM's short ones where a discriminator keeps moving the loss. Its weight
+        # decay in stage 2, 0.01, is torch's and LDM's; the paper names none. Muon has none.
         betas = (0.5, 0.9) if self.disc else (0.9, 0.99)
         net, vqgan = self.model, self.model.vqgan
         others = [vqgan.codebook, self.disc] if self.disc else [vqgan.codebook]
@@ -594,11 +595,12 @@ def parse():
     parser.set_defaults(**begun)  # flags that are left out keep the run's values
     cfg = vars(parser.parse_args()) | {"out": str(out)}
     # Before its first step stage 2 may get other settings: copy a finished stage 1's folder and
-    # resume each copy with its own. Later not: the learning rate follows the planned length.
-    between = ckpt["stage"] == 2 and not ckpt["seen"][2]
+    # resume each copy with its own. Then they are fixed: the learning rate follows the length.
+    stage2_untouched = ckpt["stage"] == 2 and ckpt["seen"][2] == 0
     for name, held in begun.items():
-        stage1 = name.startswith(("vqgan.", "stage1.")) or name in ("dataset", "source", "vary")
-        if cfg[name] != held and (stage1 or not between):
+        stage1 = name in ("dataset", "source", "vary", "preset")
+        stage1 |= name.startswith(("vqgan.", "stage1."))
+        if cfg[name] != held and (stage1 or not stage2_untouched):
             raise UserError(f"--{name} {cfg[name]}: the run began with {held}; leave it out")
     return cfg, device, ckpt
 
