@@ -28,8 +28,8 @@ SHAPE = (SIZE, SIZE, 3)  # in files
 
 # Facts of each dataset. images: how many; factors: {name: number of values}, in the official order.
 # The first of `files` found under --data_dir is read: an archive as published, or what it unpacks
-# to; advice: what to do if none is. Pictures add `pictures`, their files' names in index order, a
-# `stamp` that changes with them, and `labels` int64 (images, F), unless they form a grid.
+# to; advice: what to do if none is. table_facts() and own_pictures() add the names of `pictures` in
+# index order; `labels` int64 (images, F), unless they form a grid; a `stamp` of your own pictures.
 DATASETS = {
     "shapes3d": dict(
         images=480_000,
@@ -59,7 +59,7 @@ DATASETS = {
 def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     """Open a Dataset. UserError: files missing, damaged or impossible to convert; no such factors.
     source, of shapes3d: "official" (its file), "rendered" (the twin), "auto" (the twin if no file).
-    vary: "NAME,NAME", some of a grid's factors; the others stay at the middle of theirs."""
+    vary: "NAME,NAME", some of a grid's factors; the others stay at their middle values."""
     if source == "rendered" and dataset != "shapes3d":
         raise UserError(f"no rendered images of {dataset}, only of shapes3d: choose auto")
     facts = DATASETS[dataset]
@@ -143,7 +143,7 @@ class Dataset:
 
 # ---- The rendered twin of Shapes3D --------------------------------------------------------------
 # A room, an object in it, and a camera that circles the object. Scale, shape and orientation decide
-# what is seen where (8 * 4 * 15 = 480 cases); the three hues only paint it. And light is linear. So
+# what is seen where (8 * 4 * 15 = 480 cases); the hues only paint it, linearly in their colours. So
 # each case is drawn ONCE, as five weight maps: how much of the floor's, wall's, object's and sky's
 # colour and of white reaches each pixel. An image is the sum of five maps times five colours.
 # Points and directions are tensors (3, n), or (3, 1) for a single one: x right, y away from the
@@ -189,17 +189,16 @@ def weight_maps():
     # On the CPU, where a sample on an edge always falls on the same side.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more only wait for each other on arrays this small
-    # The Lanczos-3 filter. d: from output pixel i (middle: sample 3 i + 1) to samples, in pixels.
-    d = (torch.arange(-1, SIDE - 1) - 3 * torch.arange(SIZE)[:, None]) / 3  # (64, 192)
-    lanczos = torch.sinc(d) * torch.sinc(d / 3) * (d.abs() < 3)
-    lanczos /= lanczos.sum(1, keepdim=True)
-    rooms = [(*draw_room(*view), *view) for view in map(camera, range(15))]
+    views = [camera(orientation) for orientation in range(15)]
+    rooms = [draw_room(*view) for view in views]
     maps = []
-    for scale, shape, room in itertools.product(range(8), SHAPES, rooms):
-        picture = draw_object(*room, shape, 0.75 + 0.5 * scale / 7).view(5, SIDE, SIDE)
-        maps.append((lanczos @ picture @ lanczos.T).half())  # (5, 64, 64)
+    for scale, shape, (room, view) in itertools.product(range(8), SHAPES, zip(rooms, views)):
+        picture = draw_object(*room, *view, shape, 0.75 + 0.5 * scale / 7)  # (5, n)
+        for one in picture.view(5, SIDE, SIDE).numpy():
+            maps.append(np.array(Image.fromarray(one).resize((SIZE, SIZE), Image.LANCZOS)))
     torch.set_num_threads(threads)
-    return torch.stack(maps).flatten(2)  # (480, 5, 4096)
+    maps = torch.from_numpy(np.stack(maps)).half()  # (2400, 64, 64)
+    return maps.view(480, 5, -1)  # (480, 5, 4096)
 
 def camera(orientation):
     """Orientation 0..14 (-30 to 30 degrees) -> eye (3, 1), forward (3, 1), rays (3, n = 192**2)."""
@@ -214,17 +213,17 @@ def camera(orientation):
 
 def shade(ambient, points, normals, forward):
     """Brightness (n,) of points (3, n) with outward unit normals (3, n): three lights."""
-    headlight = -(normals * forward).sum(0)  # at the camera, but equally strong at every distance
+    headlight = -(normals * forward).sum(0)  # along the camera's view, equally strong everywhere
     to_light = torch.nn.functional.normalize(LIGHT - points, dim=0)  # (3, n)
     spot = (normals * to_light).sum(0).clamp(min=0) * to_light[2] ** 10  # cosine law times cone
     return ambient + 0.58 * headlight.clamp(min=0) + 0.95 * spot
 
 # A ray start + depth * ray is inside a convex solid for ONE interval of depths, (near, far), and
-# inside two at once for (the larger near, the smaller far). So boxes and balls are enough.
+# inside two at once for (the larger near, the smaller far). So boxes and balls make all shapes.
 def box(start, ray, half):
     """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
-    a, b = (-half - start) / ray, (half - start) / ray
-    return a.minimum(b).amax(0), a.maximum(b).amin(0)
+    a, b = (-half - start) / ray, (half - start) / ray  # where each coordinate enters and leaves
+    return a.minimum(b).amax(0), a.maximum(b).amin(0)  # the last to enter, the first to leave
 
 def ball(start, ray, radius):
     """(near, far) between which 3 coordinates (a ball) or 2 (a bar) are within the radius of 0."""

@@ -8,8 +8,8 @@ drowns z0 in noise, and this network must say what the noise was, given the unit
     eps^ = UNet(z_t, t, c~)                          (its distance from eps: equation 2)
 
 Table 8's U-Net on a latent of 16x16. () is a ResBlock, (+) one with a Transformer, where each pixel
-looks up the units. Not drawn: those that halve or double the size. Each on the way up takes a skip:
-what came into its level on the way down, or left one of its blocks. The last comes first.
+looks up the units. Not drawn: ResBlocks that halve or double the size. Each block on the way up
+takes a skip, the last one first: a level's input on the way down, or the output of its blocks.
 
     z_t -> conv -> 16x16 (+)(+) --.                              .-> 16x16 (+)(+)(+) -> conv -> eps^
                        8x8 (+)(+) --.        skips             .-> 8x8 (+)(+)(+)
@@ -35,7 +35,7 @@ def alpha_bar_schedule(timesteps=1000, beta_start=0.0015, beta_end=0.0155):
     Paper: Table 8 says "Linear". In the latent diffusion code that it builds on, that name means
     linear in sqrt(beta), which adds noise more gently at first; the end points are that code's."""
     betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, timesteps, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0).float()  # float64 until here: 1,000 rounded products
+    return torch.cumprod(1 - betas, dim=0).float()  # float64 until here: else 1,000 roundings
 
 def add_noise(z0, eps, t, alpha_bar):
     """All steps of equation 1: z0 and eps (B, Z, h, w), times t int64 (B,) -> z_t (B, Z, h, w)."""
@@ -80,7 +80,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, time, c_tilde, maps):
-        """x (B, C, H, W), time (B, T) -> (B, C', H', W'). c_tilde and maps pass by (see Blocks)."""
+        """x (B, C, H, W), time (B, 4*base) -> (B, C', H', W'); c_tilde, maps: unused (Blocks)."""
         h = self.conv_in(self.resize(F.silu(self.norm_in(x))))  # (B, C', H', W')
         scale, shift = self.time(F.silu(time))[:, :, None, None].chunk(2, dim=1)  # (B, C', 1, 1)
         h = self.norm_out(h) * (1 + scale) + shift
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         self.proj_out = zero(nn.Linear(dim, dim))
 
     def forward(self, x, time, c_tilde, maps):
-        """x (B, C, H, W), units c_tilde (B, N, D) -> (B, C, H, W); time passes by (see Blocks)."""
+        """x (B, C, H, W), units c_tilde (B, N, D) -> (B, C, H, W); time: unused (see Blocks)."""
         B, C, H, W = x.shape
         h = self.norm(x).flatten(2).mT  # (B, H*W, C): every pixel is a token
         h = self.proj_in(h)
@@ -163,8 +163,8 @@ class UNet(nn.Module):
     skip_dropout_where: which skips. "text": the paper's words, "resolutions where conditions are
         not injected through cross attention": with Table 8, 2x2 (though the middle has one there).
         "released": what made the paper's tables. Its code drops where the feature's SIDE in pixels
-        (16, 8, 4, 2) is not in the list of FACTORS [1, 2, 4]: at 16x16 and 8x8, where conditions
-        ARE injected.
+        (16, 8, 4, 2) is not in the list of FACTORS [1, 2, 4], likely a slip: at 16x16 and 8x8,
+        where conditions ARE injected. We copy it; in the laptop preset it drops at all skips.
     backbone_dropout: Table 12's control: drop channels of the backbone at those places.
     self_attention: False leaves out the Transformers' self-attention."""
     def __init__(self, channels=3, base=64, multipliers=(1, 2, 4, 4), res_blocks=2,
@@ -224,7 +224,7 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
 
     def drops_skips(self, factor, side):
-        """Does skip dropout act at this level? factor: its downsampling; side: its pixels' side."""
+        """Does skip dropout act at this level? factor: its downsampling; side: in pixels."""
         if self.skip_dropout_where == "text":
             return factor not in self.attention_at
         return side not in self.attention_at  # compares pixels with factors, as released
@@ -246,7 +246,8 @@ class UNet(nn.Module):
                 skip = drop_channels(skip, self.skip_dropout, self.training)
                 h = drop_channels(h, self.backbone_dropout, self.training)
             h = stage(torch.cat([h, skip], dim=1), time, c_tilde, maps)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        h = F.silu(self.norm_out(h))
+        return self.conv_out(h)  # (B, Z, h, w)
 
 # ---- Training loss, sampling, averaging ----------------------------------------------------------
 def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform", v_weight=0.0):
@@ -254,12 +255,12 @@ def diffusion_loss(unet, z0, c_tilde, alpha_bar, kind="l1", t_sampling="uniform"
     kind: "l1" or "mse". Paper: equation 2 names no norm; the released configuration says l1.
     t_sampling: "uniform", or "logit_normal", which prefers the middle of the schedule: near t = 0
     the noisy latent shows everything, near T next to nothing.
-    v_weight: the error at time t counts alpha_bar_t^(-v_weight) times. With 0, the paper's, it is
-    the error of eps. With 1 and mse it is that of v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z0
-    (Salimans & Ho 2022), as then v^ - v = (eps^ - eps) / sqrt(alpha_bar). Why: where z_t is mostly
-    noise, the units alone can say WHICH hue it is; elsewhere, to know it roughly is enough. But at
-    those times the error of eps is small whatever units say. (train.py lets v_weight grow, so its
-    losses early and late do not compare.)"""
+    v_weight: the error at time t counts alpha_bar_t ** -v_weight times: equation 2's eta_t, which
+    the paper leaves open (0 here: always 1). With 1 and mse it is the error of v = sqrt(alpha_bar)
+    eps - sqrt(1 - alpha_bar) z0 (Salimans & Ho 2022), as v_hat - v = (eps_hat - eps) /
+    sqrt(alpha_bar). Why: where z_t is mostly noise, only the units can say WHICH hue it is. But
+    there eps is easy to guess, its error small, and counts little without such a weight. (train.py
+    lets v_weight grow, so its losses early and late are not comparable.)"""
     B, T = len(z0), len(alpha_bar)
     if t_sampling == "uniform":
         t = torch.randint(T, (B,), device=z0.device)
@@ -353,10 +354,10 @@ class Muon(torch.optim.Optimizer):
 def main():
     """Build the paper-size U-Net, run one batch, print sizes, and where skips are dropped."""
     net = UNet()
-    maps = []
-    eps_hat = net(torch.randn(2, 3, 16, 16), torch.tensor([10, 900]), torch.randn(2, 20, 32), maps)
+    z_t = torch.randn(2, 3, 16, 16)
+    eps_hat = net(z_t, torch.tensor([10, 900]), torch.randn(2, 20, 32))
     print(f"parameters {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M (Table 8: 37.550M)")
-    print(f"eps^ {list(eps_hat.shape)}; pixels that look up units:", *[m.shape[1] for m in maps])
+    print(f"z_t {list(z_t.shape)}, times and units -> eps^ {list(eps_hat.shape)}")
     for where in ("released", "text"):
         net.skip_dropout_where = where
         dropped = {16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}
