@@ -4,8 +4,8 @@ It sits between the extractor, which turns an image into N latent units of D num
 denoiser. A unit that means one factor (wall hue, say) should take one group of values per
 attribute (per hue). DyGA finds such groups and shows them to the denoiser more compact:
 
-    fit    every few epochs: a Gaussian mixture for each unit, over many images. Its means are the
-           unit's ANCHORS. How many there are is found as well (Algorithm 2).
+    fit    once an epoch (or in r): a Gaussian mixture for each unit, over many images. Its means
+           are the unit's ANCHORS. How many there are is found as well (Algorithm 2).
     align  in every training step: each unit moves a little to its anchor (Algorithm 3), and the
            denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is that
            a denoiser which sees clear groups teaches the extractor to make them.
@@ -89,12 +89,12 @@ class DyGA(nn.Module):
         The gradient, with k and mu_k as constants:
 
             d c~ / d c = (1 - delta) I + (mu_k - c) (d delta / d c)^T
-            d delta / d c_j = -delta / D (sign(c_j - mu_kj) / s_j - |c_j - mu_kj| s_j' / s_j^2)
+            d delta / d c_j = -(delta / D) (sign(c_j - mu_kj) / s_j - |c_j - mu_kj| s_j' / s_j^2)
             s_j' = sign(c_j) if |c_j| > scale / 10, else 0
 
-        In words: the loss reaches the unit as if there were no anchor, times 1 - delta. The second
+        In words: the unit gets its gradient as if there were no anchor, times 1 - delta. The second
         term is how c changes delta. No gradient reaches the anchors.
-        return_delta: return (c~, delta (B, N)); log its mean: near 0, the anchors do nothing.
+        return_delta: return (c~, delta (B, N)). Record its mean: near 0, anchors do nothing.
         Units constant at the last fit, and all before the first, come back as they are, delta 0."""
         anchor, _ = self.nearest(c)
         x = c.float()  # what follows is elementwise, which autocast leaves in float32
@@ -175,7 +175,7 @@ class DyGA(nn.Module):
         anchors["hddc"] = len(m.mu)
         # While there are clusters to split: choose one, split it, fit the halves to its samples.
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
-        chance = torch.rand(self.k_init, generator=generator)  # (k_init,), or more than are left
+        chance = torch.rand(self.k_init, generator=generator)  # (k_init,); fewer may be left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
         closed = set()  # tried, and not worth it
         while len(m.mu) < self.k_max:
@@ -253,7 +253,7 @@ class Mixture(NamedTuple):
 
 def measure(x):
     """Centre (D,) and scale of a unit x (n, D), and whether it is live. The farthest 0.1% of
-    samples (one at least) may be outliers: they set neither."""
+    samples (mostly one at least) may be outliers: they set neither."""
     distance = (x - x.median(0).values).norm(dim=1)  # (n,)
     x = x[distance <= distance.quantile(0.999)].double()
     centre = x.mean(0)
@@ -273,7 +273,8 @@ def cost(x, m, J):
         + sum_j log a_kj + (D - d_k) log b_k - 2 log pi_k + D log(2 pi).
 
     x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
-    J: where the sums over j may stop: the largest d_k or more. Beyond d_k a_kj is b_k."""
+    J: where the loop over j may stop: at the largest d_k, or later."""
+    # Beyond d_k, up to W, a_kj is b_k: so all log a_kj are summed, and in the loop such j add 0.
     D, W = m.q.shape[-2:]
     constant = m.a.log().sum(-1) + (D - W) * m.b.log() - 2 * m.log_pi  # (K,)
     constant += D * math.log(2 * math.pi)
@@ -364,22 +365,21 @@ def informative_units(s, least, most=0.3, bins=20):
     train.py silences the others for good, in the hope that what only they told moves to these.
 
     Training often spreads one hue over three units, each another reading of the colour, as nothing
-    asks for fewer. Two readings of one colour need not correlate. So a unit predicts by a step
-    function of its scalar, of `bins` steps with as many images in each, several units by the best
-    sum of theirs; EXPLAINED is the share of a variance that this predicts. Of a candidate,
+    asks for fewer; two readings need not correlate. So a unit predicts by a step function of its
+    scalar, of `bins` steps with as many images in each, several units by the best sum of theirs;
+    EXPLAINED is the share of a variance that this predicts. Of a candidate,
 
         gain     by how much it raises the explained share of all scalars' variance (they are not
                  standardised: large ones count more), times its contrast
         known    how much of its own steps the kept units explain: 1 for a copy. By chance it is
                  U * bins / n (U are kept): so what adds next to nothing is not kept either
-        depends  how much they explain of the size of their own error about it. A hue's cosine
-                 tells the sine's size, not its sign: another reading, and no new factor
+        depends  kept units predict the candidate: how much do they explain of the SIZE of what is
+                 left? Of a hue's sine the cosine tells the size, not the sign: so where depends
+                 is high, it is another reading of the same hue, no new factor
 
     In turn, that of the largest gain * (1 - depends) is kept if (forward selection)
-
         gain * (1 - (depends / most)^2) >= least * known.
-
-    The more of a unit was known, the more it must gain; above `most` nothing is enough."""
+    The more of a unit was known, the more it must gain; if depends > most, nothing is enough."""
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
@@ -443,7 +443,7 @@ def unmixing(s):
 # ---- Toy units: python dyga.py -------------------------------------------------------------------
 def toy_units(levels, n, generator, dim=32, noise=0.05):
     """Units (n, N, dim) like the extractor's, a scalar of levels[i] equally likely values through a
-    random MLP, and which value it was (n, N). noise: of the unit, in its scales."""
+    random MLP, and which value it was (n, N). noise: its deviation, in scales of the unit."""
     N = len(levels)
     count = torch.tensor(levels)
     level = (torch.rand(n, N, generator=generator) * count).long()
