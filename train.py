@@ -448,7 +448,7 @@ def fitting(path):
     """UserError for a file that is no checkpoint, or whose parts are not what we build."""
     try:
         yield
-    except (FileNotFoundError, UserError):  # their own words name the file
+    except (FileNotFoundError, PermissionError, UserError):  # their own words name the file
         raise
     except Exception as error:  # foreign bytes fail in any way
         reason = str(error).partition("\n")[0]  # torch says much more
