@@ -107,7 +107,7 @@ class Dataset:
     """Images by index, and the F factors that an index stands for; every answer lies on `device`.
     source: "rendered", "official" or, in evaluate.py, "codes"; source_note: where images come from.
     is_grid: one image of each combination of factors, in row-major order, so the factors are the
-    digits of the index and the last one changes fastest. CelebA is no grid: a table."""
+    digits of the index and the last one changes fastest. Otherwise (CelebA) it is a table."""
     def __init__(self, name, source, source_note, images, facts, device):
         self.name, self.device = name, device
         self.source, self.source_note = source, source_note
@@ -222,7 +222,7 @@ def shade(ambient, points, normals, forward):
 # inside two at once for (the larger near, the smaller far). So boxes and balls make all shapes.
 def box(start, ray, half):
     """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
-    a, b = (-half - start) / ray, (half - start) / ray  # where each coordinate enters and leaves
+    a, b = (-half - start) / ray, (half - start) / ray  # where each coordinate is -half, +half
     return a.minimum(b).amax(0), a.maximum(b).amin(0)  # the last to enter, the first to leave
 
 def ball(start, ray, radius):
@@ -459,7 +459,7 @@ def read_pictures(path, facts):
             photo = Image.open(file, formats=["JPEG", "PNG"])
             if photo.mode[0] in "IF":  # Pillow would make all of it white
                 raise ValueError(f"more than 8 bits a channel (mode {photo.mode}), expected 8")
-            photo = ImageOps.exif_transpose(photo).convert("RGB")  # as a camera was held
+            photo = ImageOps.exif_transpose(photo).convert("RGB")  # upright, as EXIF says
             # The central square. Paper: CelebA is "resized", with no word on a crop.
             yield np.asarray(ImageOps.fit(photo, (SIZE, SIZE), Image.LANCZOS))
 

@@ -4,8 +4,8 @@ It sits between the extractor, which turns an image into N latent units of D num
 denoiser. A unit that means one factor (wall hue, say) should take one group of values per
 attribute (per hue). DyGA finds such groups and shows them to the denoiser more compact:
 
-    fit    once an epoch (or in r): a Gaussian mixture for each unit, over many images. Its means
-           are the unit's ANCHORS. How many there are is found as well (Algorithm 2).
+    fit    once an epoch, or in several: a Gaussian mixture for each unit, over many images. Its
+           means are the unit's ANCHORS. How many there are is found as well (Algorithm 2).
     align  in every training step: each unit moves a little to its anchor (Algorithm 3), and the
            denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is that
            a denoiser which sees clear groups teaches the extractor to make them.
@@ -244,7 +244,7 @@ class Mixture(NamedTuple):
     log_pi: torch.Tensor  # (K,) log of the weights
     mu: torch.Tensor  # (K, D) means
     q: torch.Tensor  # (K, D, W) orthonormal directions as columns, the main ones first
-    a: torch.Tensor  # (K, W) variances along them; b_k from the (d_k + 1)-th on
+    a: torch.Tensor  # (K, W) variances along them; filled up with b_k beyond d_k
     b: torch.Tensor  # (K,) variance along each direction that is not a main one
     d: torch.Tensor  # (K,) int64, how many directions are main ones: see scree
 
@@ -253,7 +253,7 @@ class Mixture(NamedTuple):
 
 def measure(x):
     """Centre (D,) and scale of a unit x (n, D), and whether it is live. The farthest 0.1% of
-    samples (mostly one at least) may be outliers: they set neither."""
+    samples (usually at least one) may be outliers: they set neither."""
     distance = (x - x.median(0).values).norm(dim=1)  # (n,)
     x = x[distance <= distance.quantile(0.999)].double()
     centre = x.mean(0)
@@ -284,7 +284,7 @@ def cost(x, m, J):
     out = square / m.b[..., None] + constant[..., None]
     for j in range(J):
         q = m.q[..., j]  # (K, D)
-        y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
+        y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n); y^2 / a replaces its y^2 / b
         out += (1 / m.a[..., j] - 1 / m.b)[..., None] * y.square()
     return out
 
@@ -420,7 +420,7 @@ def unmixing(s):
 
     Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
     The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
-    themselves. So the least Gaussian directions are taken for factors. The search starts at the
+    themselves. So the least Gaussian directions are taken to be factors. The search starts at the
     units as they are, so that each stays near its own direction. Weights up to 0.1 (of standardised
     scalars, in a direction of length 1) are dropped as noise."""
     sd = s.std(0)  # (U,)
@@ -461,7 +461,7 @@ def main():
     levels = [1, 2, 3, 5, 8, 12, 10**6]
     c, _ = toy_units(levels, 4_000, torch.Generator().manual_seed(0), noise=0.06)
     c[:, 0] = c[0, 0]
-    print(f"levels  {levels}, that is a constant unit to a continuous one")
+    print(f"levels  {levels}, from a constant unit to a continuous one")
     for options in (dict(), dict(k_init=1, accept="bic")):
         model = DyGA(len(levels), **options).fit(c)
         print(f"anchors {model.mask.sum(1).tolist()} with {options or 'the default settings'}")
