@@ -88,7 +88,7 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
         raise UserError(f"no {paths[1].name} in {folder}: {facts['advice']} and put it there, or "
                         "name its folder with --data_dir")
     if vary:
-        images, facts = hold_others(vary.replace(", ", ",").split(","), images, facts, device)
+        images, facts = hold_others([*map(str.strip, vary.split(","))], images, facts, device)
     return Dataset(dataset, source, note, images, facts, device)
 
 def hold_others(vary, images, facts, device):

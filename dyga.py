@@ -384,7 +384,7 @@ def informative_units(s, least, most=0.3, bins=20):
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
     # Mixtures of factors are more Gaussian than factors: of x, y and a small x + y, the sum
-    # explains most, and would keep x or y out. So: how far is log(2 cosh x) from a Gaussian's?
+    # explains most, and would keep x or y out. So: how far is mean log(2 cosh x) from a Gaussian's?
     x = s / s.std(0)
     contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).abs() ** 0.25  # (N,)
 

@@ -83,9 +83,8 @@ class Extractor(nn.Module):
         return s * self.kept  # a silenced unit stays in the set, and says the same of all images
 
     def turn_scalars(self, turn, mean):
-        """Beyond the paper: the U kept scalars s become mean + turn (s - mean), to part factors
-        that units mix (dyga.py, unmixing). The last layer makes s, so its weights are turned.
-        turn (U, U), mean (U,). Call it under no_grad."""
+        """Beyond the paper: the U kept scalars s become mean + turn (s - mean), by the layer that
+        makes them (why: dyga.py, unmixing). turn (U, U), mean (U,). Call it under no_grad."""
         layer = self.to_scalars[-1]
         layer.weight[self.kept] = turn @ layer.weight[self.kept]
         layer.bias[self.kept] = mean + turn @ (layer.bias[self.kept] - mean)

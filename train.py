@@ -686,8 +686,9 @@ def main():
         try:
             train_stage2(run)
         except torch.OutOfMemoryError as error:
-            raise UserError(f"--batch {cfg['batch']}: stage 2 does not fit into the memory of "
-                            f"{device}; halve it (with --resume if no step was done)") from error
+            raise UserError(f"--batch {cfg['batch']}: a step of stage 2 does not fit into the "
+                            f"memory of {device}; halve it (with --resume if none was done)"
+                            ) from error
     run.save()
     if world > 1:
         dist.destroy_process_group()

@@ -101,7 +101,7 @@ class Codebook(nn.Module):
         flat = z.detach().permute(0, 2, 3, 1).reshape(-1, Z)  # (B*h*w, Z)
         # Nearest code: |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code.
         found = (self.codes.square().sum(1) - 2 * flat @ self.codes.T).argmin(dim=1)  # (B*h*w,)
-        if self.training and torch.is_grad_enabled():  # not for pictures drawn between two steps
+        if torch.is_grad_enabled():  # in a training step, not for a picture between two
             self.uses += torch.bincount(found, minlength=len(self.codes))
         e = self.codes[found].view(B, h, w, Z).permute(0, 3, 1, 2)  # (B, Z, h, w)
         codebook_loss = F.mse_loss(e, z.detach())  # moves the codes towards the encoder

@@ -94,7 +94,7 @@ def test_too_large_a_step_is_one_line_and_no_line_of_a_run_resumption_or_evaluat
     with monkeypatch.context() as patch:
         patch.setattr(train.Model, "forward", Mock(side_effect=torch.OutOfMemoryError))
         assert main(train, *TRAIN, *here) == 2
-        assert "--batch 32: stage 2 does not fit" in capsys.readouterr().err
+        assert "--batch 32: a step of stage 2 does not fit" in capsys.readouterr().err
     here.append("--resume")  # stage 1 is kept
     with monkeypatch.context() as patch:  # before stage 2's last step
         patch.setattr(train, "fit_anchors", lambda run, *_: setattr(run, "stopped_by", 15))

@@ -158,7 +158,10 @@ def test_of_labels_no_image_is_drawn_twice_and_fewer_images_are_shared_in_propor
     (partial(evaluate.tad, GRID[:, :1], GRID > 1), "U at least 2"),
     (partial(evaluate.check_flags, SimpleNamespace(only=["dci"], checkpoint=""), data.Dataset(
         "celeba", "", "", None, dict(images=9, factors={"Bald": 2, "Old": 2}, labels=0), "cpu")),
-     "dci: for celeba choose from tad ")])
+     "dci: for celeba choose from tad "),
+    (partial(evaluate.check_flags, SimpleNamespace(only=["figures"], checkpoint=""), data.Dataset(
+        "cars3d", "", "", None, data.DATASETS["cars3d"], "cpu")), "figures: .* choose from fact"),
+])
 def test_nan_is_refused_by_unit_and_so_are_shapes_and_labels_that_a_score_cannot_use(ask, words):
     with pytest.raises((ValueError, data.UserError), match=words):
         ask()
