@@ -26,10 +26,14 @@ from tqdm import tqdm
 SIZE = 64  # every image is 64 x 64 pixels
 SHAPE = (SIZE, SIZE, 3)  # in files
 
-# Facts of each dataset. images: how many; factors: {name: number of values}, in the official order.
-# The first of `files` found under --data_dir is read: an archive as published, or what it unpacks
-# to; advice: what to do if none is. table_facts() and own_pictures() add the names of `pictures` in
-# index order; `labels` int64 (images, F), unless they form a grid; a `stamp` of your own pictures.
+# Facts of each dataset:
+#   images    how many
+#   factors   {name: number of values}, in the official order
+#   files     the first found under --data_dir is read; advice: what to do if there is none
+# Reading the table of CelebA, or of your own pictures, fills in images and factors, and adds:
+#   pictures  file names in index order
+#   labels    int64 (images, F), unless they form a grid
+#   stamp     changes whenever your own pictures do
 DATASETS = {
     "shapes3d": dict(
         images=480_000,
@@ -71,7 +75,7 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     paths = [npy, *(folder / file for file in facts["files"])]
     found = next(filter(Path.exists, paths), None)
     if source == "rendered" or (dataset == "shapes3d" and source == "auto" and not found):
-        source, images = "rendered", rendered(device)
+        source, get = "rendered", rendered(device)
         note = f"not {paths[1]} but the rendered twin of Shapes3D: its scores are not Shapes3D's"
     elif found:
         if dataset == "celeba":
@@ -82,17 +86,17 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
                 facts = table_facts(names, rows, facts)
         if found != npy:
             convert(dataset, found, npy, facts)
-        source, images = "official", stored(npy, facts, device)
+        source, get = "official", stored(npy, facts, device)
         note = f"images from {npy}"
     else:
         raise UserError(f"no {paths[1].name} in {folder}: {facts['advice']} and put it there, or "
                         "name its folder with --data_dir")
     if vary:
-        images, facts = hold_others([*map(str.strip, vary.split(","))], images, facts, device)
-    return Dataset(dataset, source, note, images, facts, device)
+        get, facts = hold_others([*map(str.strip, vary.split(","))], get, facts, device)
+    return Dataset(dataset, source, note, get, facts, device)
 
-def hold_others(vary, images, facts, device):
-    """Images and facts of the part of a grid in which only the factors named in `vary` change."""
+def hold_others(vary, get, facts, device):
+    """get and facts (see Dataset) of the part of a grid in which only the factors `vary` change."""
     sizes = facts["factors"]
     if "labels" in facts:
         raise UserError("--vary: these images are a table; expected one of each combination")
@@ -101,28 +105,29 @@ def hold_others(vary, images, facts, device):
     held = [range(size) if name in vary else [size // 2] for name, size in sizes.items()]
     kept = torch.arange(facts["images"]).view(*sizes.values())[np.ix_(*held)].flatten().to(device)
     factors = {name: sizes[name] for name in sizes if name in vary}
-    return lambda idx: images(kept[idx.to(device)]), dict(images=len(kept), factors=factors)
+    return lambda idx: get(kept[idx.to(device)]), dict(images=len(kept), factors=factors)
 
 class Dataset:
     """Images by index, and the F factors that an index stands for; every answer lies on `device`.
+    get: a function idx int64 (B,) -> uint8 (B, 3, 64, 64); facts: an entry of DATASETS.
     source: "rendered", "official" or, in evaluate.py, "codes"; source_note: where images come from.
     is_grid: one image of each combination of factors, in row-major order, so the factors are the
-    digits of the index and the last one changes fastest. Otherwise (CelebA) it is a table."""
-    def __init__(self, name, source, source_note, images, facts, device):
+    digits of the index and the last one changes fastest. Otherwise it is a table."""
+    def __init__(self, name, source, source_note, get, facts, device):
         self.name, self.device = name, device
         self.source, self.source_note = source, source_note
         self.factor_names = list(facts["factors"])
         self.factor_sizes = list(facts["factors"].values())
         self.is_grid = "labels" not in facts
-        self._images, self._facts = images, facts
+        self._get, self._facts = get, facts
 
     def __len__(self):
         return self._facts["images"]
 
     def images(self, idx):
-        """idx int64 (B,), on any device -> uint8 (B, 3, 64, 64). IndexError: no such image."""
+        """idx int64 (B,), on any device -> uint8 (B, 3, 64, 64). IndexError, of a CPU's idx."""
         self._check(idx)
-        return self._images(idx)
+        return self._get(idx)
 
     def _check(self, idx):
         # On the CPU only: to look at a GPU's, the CPU would have to wait for it at every batch.
@@ -130,7 +135,7 @@ class Dataset:
             raise IndexError(f"{self.name} has no image {idx}: expected 0 and below {len(self)}")
 
     def factors(self, idx):
-        """idx int64 (B,) -> int64 (B, F), the value of every factor. IndexError: no such image."""
+        """idx int64 (B,) -> int64 (B, F), the value of every factor. IndexError, of a CPU's."""
         self._check(idx)
         if self.is_grid:
             return torch.stack(torch.unravel_index(idx.to(self.device), self.factor_sizes), 1)
@@ -148,8 +153,7 @@ class Dataset:
 # colour and of white reaches each pixel. An image is the sum of five maps times five colours.
 # Points and directions are tensors (3, n), or (3, 1) for a single one: x right, y away from the
 # camera at orientation 7, z up, floor at z = 0, object on the z axis, camera 2.5 from that axis.
-# The numbers were fitted to the original's frames. Missing: textures of floor and walls, and the
-# facets of round objects. What differs is 1 of 255 levels on average, most of it at edges.
+# The numbers were fitted to the original's frames. Missing: textures, and facets of round objects.
 
 def vector(x, y, z):
     """Three numbers as a column, float32 (3, 1)."""
@@ -170,7 +174,7 @@ SHAPES = {"cube": (0.350, 0.350, 0.350), "cylinder": (0.3735, 0.375, 0.375),
 
 def rendered(device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of the rendered twin."""
-    # float16 and a GPU's TF32 both keep 10 bits of fraction: products are exact on every device.
+    # A GPU's TF32 keeps 10 bits of fraction, like float16: so each product, not the sum, is exact.
     maps, palette = weight_maps().to(device, torch.float32), PALETTE.to(device)
     def draw(idx):
         *hues, case = torch.unravel_index(idx, (HUES, HUES, HUES, len(maps)))
@@ -221,35 +225,39 @@ def shade(ambient, points, normals, forward):
 # A ray start + depth * ray is inside a convex solid for ONE interval of depths, (near, far), and
 # inside two at once for (the larger near, the smaller far). So boxes and balls make all shapes.
 def box(start, ray, half):
-    """(near, far) where all 3 coordinates (a cube), 2 (walls) or 1 (a slab) are within +-half."""
+    """(near, far) between which all coordinates are within +-half: 3 a cube, 2 walls, 1 a slab.
+    So many rows have start (k, 1 or n) and ray (k, n), k <= 3; near and far are (n,)."""
     a, b = (-half - start) / ray, (half - start) / ray  # where each coordinate is -half, +half
-    return a.minimum(b).amax(0), a.maximum(b).amin(0)  # the last to enter, the first to leave
+    return a.minimum(b).amax(0), a.maximum(b).amin(0)  # the last to come within, the first to leave
 
 def ball(start, ray, radius):
-    """(near, far) between which 3 coordinates (a ball) or 2 (a bar) are within the radius of 0."""
+    """(near, far) between which they are nearer to 0 than radius: 3 coordinates a ball, 2 a bar."""
     # Where |start + depth ray|^2 - radius^2 = a depth^2 + 2 b depth + c is 0; nan for a miss.
-    a, b, c = (ray * ray).sum(0), (start * ray).sum(0), (start * start).sum(0) - radius ** 2
+    a = (ray * ray).sum(0)
+    b = (start * ray).sum(0)
+    c = (start * start).sum(0) - radius ** 2
     root = (b * b - a * c).sqrt()
     return (-b - root) / a, (-b + root) / a
 
 def first_hit(shape, radius, half, start, ray):
     """Depth (n,) at which rays (3, n) enter an object centred at 0; inf where they miss it."""
     if shape == "cube":
-        parts = [box(start, ray, radius)]
-    else:  # a cylinder: inside an endless round bar and a slab at once
+        solids = [box(start, ray, radius)]
+    if shape == "sphere":
+        solids = [ball(start, ray, radius)]
+    if shape in ("cylinder", "capsule"):  # inside an endless round bar and a slab at once
         near, far = ball(start[:2], ray[:2], radius)
         bottom, top = box(start[2:], ray[2:], half)
-        parts = [(near.maximum(bottom), far.minimum(top))]
-    if shape in ("sphere", "capsule"):  # it ends in balls; a sphere's cylinder has no height
-        for end in (half, -half):
-            parts.append(ball(start - end * UP, ray, radius))
-    # The first part that it enters counts. A part it misses has far < near, or nan.
-    depths = [torch.where(near < far, near, torch.inf) for near, far in parts]
+        solids = [(near.maximum(bottom), far.minimum(top))]
+    if shape == "capsule":  # a cylinder with a ball at each end
+        solids += [ball(start - end * UP, ray, radius) for end in (half, -half)]
+    # The first solid that it enters counts. One that it misses has far < near, or nan.
+    depths = [torch.where(near < far, near, torch.inf) for near, far in solids]
     return torch.stack(depths).amin(0)
 
 def outward(shape, radius, half, points):
     """Unit normals (3, n) at surface points (3, n) of an object centred at 0."""
-    if shape == "cube":  # the face is the axis along which the point is furthest out
+    if shape == "cube":  # out of the face along whose axis the point is furthest out
         return torch.where(points.abs() == points.abs().amax(0), points.sign(), 0.0)
     if shape == "cylinder":
         lid = points[2].abs() > 0.9999 * half  # on a flat end; 0.9999 forgives rounding
@@ -263,8 +271,8 @@ def draw_room(eye, forward, rays):
     to_floor = torch.where(rays[2] < 0, -eye[2] / rays[2], torch.inf)
     points = eye + to_floor.minimum(to_wall) * rays
     floor = to_floor < to_wall
-    wall = ~floor & (points[2] < 2.0)  # no ceiling: above the walls is sky
-    inwards = -outward("cube", WALL_AT, WALL_AT, points * vector(1, 1, 0))
+    wall = ~floor & (points[2] < 2.0)  # above is sky
+    inwards = -outward("cube", WALL_AT, WALL_AT, points * vector(1, 1, 0))  # z = 0: walls alone
     maps = torch.zeros(5, len(floor))
     maps[FLOOR] = floor * shade(0.354, points, UP, forward)
     maps[WALL] = wall * shade(0.352, points, inwards, forward)
@@ -275,19 +283,19 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
     """A copy of the room (5, n), whose floor and walls are at points (3, n), with an object."""
     radius, half, rise = SHAPES[shape]
     middle = scale * rise * UP  # it stands on the floor
-    size = shape, scale * radius, scale * half
+    solid = shape, scale * radius, scale * half
     maps = room.clone()
     # A floor point lies in shadow if the way from it to the light meets the object.
-    blocked = first_hit(*size, points - middle, LIGHT - points).isfinite()
+    blocked = first_hit(*solid, points - middle, LIGHT - points).isfinite()
     maps[FLOOR, blocked & (room[FLOOR] > 0)] = 0.337
-    # Nothing in the room can stand in front of the object: where it is hit, it is what we see.
-    depth = first_hit(*size, eye - middle, rays)
+    # Nothing hides the object: where it is hit, it is seen. Its upper side has a flat white sheen.
+    depth = first_hit(*solid, eye - middle, rays)
     seen = depth.isfinite()
     surface = eye + depth[seen] * rays[:, seen]
-    normals = outward(*size, surface - middle)
+    normals = outward(*solid, surface - middle)
     maps[:, seen] = 0
     maps[OBJECT, seen] = shade(0.364, surface, normals, forward)
-    maps[WHITE, seen] = 0.118 * ((normals * vector(-0.255, 0.168, 0.952)).sum(0) > 0)  # a step
+    maps[WHITE, seen] = 0.118 * ((normals * vector(-0.255, 0.168, 0.952)).sum(0) > 0)
     return maps
 
 # ---- Helpers that train.py and evaluate.py use too ----------------------------------------------

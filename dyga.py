@@ -50,7 +50,8 @@ class DyGA(nn.Module):
         d_max=8,  # 1 or more: largest d_k. Paper: no limit; a unit is a curve, 8 hold its bends too
         spread=0.5,  # 0 or more: psi; with "always" a cluster is split if samples' mean distance
         # to its mean exceeds it, in scales (a whole unit's is about root D)
-        split_odds=0.5,  # 0 to 1: with "always", chance of any other cluster to be split once
+        split_odds=0.5,  # 0 to 1: with "always", chance of a cluster of the first run (k_init of
+        # them) to be split once, whatever its spread
         min_samples=10,  # 1 or more: clusters of fewer samples are dropped
     ):
         super().__init__()
@@ -86,24 +87,24 @@ class DyGA(nn.Module):
 
         delta is one number per sample and unit: lambda on the anchor, towards 0 where the c_j are
         small beside their distance from mu_k, but lambda / e where all |c_j| far exceed |mu_kj|.
-        The gradient, with k and mu_k as constants:
+        The gradient of a loss L, with k and mu_k as constants, and g = d L / d c~:
 
-            d c~ / d c = (1 - delta) I + (mu_k - c) (d delta / d c)^T
+            d L / d c = (1 - delta) g + ((mu_k - c) . g) d delta / d c
             d delta / d c_j = -(delta / D) (sign(c_j - mu_kj) / s_j - |c_j - mu_kj| s_j' / s_j^2)
             s_j' = sign(c_j) if |c_j| > scale / 10, else 0
 
-        In words: the unit gets its gradient as if there were no anchor, times 1 - delta. The second
-        term is how c changes delta. No gradient reaches the anchors.
+        The first term is the gradient without an anchor, shrunk; the second, how c changes delta.
+        No gradient reaches the anchors.
         return_delta: return (c~, delta (B, N)). Record its mean: near 0, anchors do nothing.
         Units constant at the last fit, and all before the first, come back as they are, delta 0."""
         anchor, _ = self.nearest(c)
-        x = c.float()  # what follows is elementwise, which autocast leaves in float32
+        c32 = c.float()  # autocast leaves what follows in float32
         # Paper: divides by c_j. Where one c_j is 0, common after a ReLU, delta would be 0 whatever
         # the unit's other numbers say: hence s.
-        s = torch.maximum(x.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
-        ratio = (x - anchor).abs() / s  # (B, N, D)
+        s = torch.maximum(c32.abs(), 0.1 * self.scale[:, None])  # (B, N, D)
+        ratio = (c32 - anchor).abs() / s  # (B, N, D)
         delta = self.lam * (-ratio.mean(-1)).exp() * self.live  # (B, N)
-        c_tilde = (x + delta[..., None] * (anchor - x)).to(c.dtype)  # (B, N, D)
+        c_tilde = (c32 + delta[..., None] * (anchor - c32)).to(c.dtype)  # (B, N, D)
         return (c_tilde, delta) if return_delta else c_tilde
 
     def nearest(self, c):
@@ -166,18 +167,18 @@ class DyGA(nn.Module):
 
     def select_anchors(self, x, generator):
         """Algorithm 2 for one unit: x (n, D), normalised. Returns a Mixture; adds to self.report.
-        An anchor disappears in three ways: EM leaves its component no samples (m_step); a split
+        An anchor disappears in three ways: its component has no samples left (m_step); a split
         puts two in its place; its cluster is too small and filtered out. (Each fit begins anew.)"""
-        anchors = {}  # how many after each step, for the report
+        count = {}  # anchors after each step, for the report
         # Initialise. HDDC: E-step, M-step, update subspaces, at most max_iter times.
         m = m_step(x, plus_plus(x, self.k_init, generator), 1, self.d_max)
         m, first = em(x, m, self.max_iter, TOL, self.d_max)
-        anchors["hddc"] = len(m.mu)
+        count["hddc"] = len(m.mu)
         # While there are clusters to split: choose one, split it, fit the halves to its samples.
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
         chance = torch.rand(self.k_init, generator=generator)  # (k_init,); fewer may be left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
-        closed = set()  # tried, and not worth it
+        closed = set()  # tried, and not worth it. Like lucky: numbers of components, which stay
         while len(m.mu) < self.k_max:
             parts, spreads = clusters(x, m)
             wanted = [k for k, part in enumerate(parts) if len(part) > 1 and k not in closed
@@ -190,21 +191,21 @@ class DyGA(nn.Module):
             if halves is None:
                 closed.add(k)
                 continue
-            # One half takes the place of k, the other a new one at the end. They share its weight.
+            # One half takes place k, the other a new one at the end (never lucky); both its weight.
             halves = halves._replace(log_pi=halves.log_pi + m.log_pi[k])
             rows = []
-            for old, new in zip(m, halves):
-                rows.append(torch.cat([old[:k], new[:1], old[k + 1:], new[1:]]))
+            for row, half in zip(m, halves):
+                rows.append(torch.cat([row[:k], half[:1], row[k + 1:], half[1:]]))
             m = Mixture(*rows)
-        anchors["split"] = len(m.mu)
+        count["split"] = len(m.mu)
         # Remove small Gaussians: their samples are outliers. The largest always stays.
         sizes = [len(part) for part in clusters(x, m)[0]]
         least = min(self.min_samples, max(sizes))
         m = m.of([k for k, size in enumerate(sizes) if size >= least])
-        anchors["filter"] = len(m.mu)
+        count["filter"] = len(m.mu)
         m, last = em(x, m, self.max_iter, TOL, self.d_max)
-        anchors["refit"] = len(m.mu)
-        self.report["anchors"].append(anchors)
+        count["refit"] = len(m.mu)
+        self.report["anchors"].append(count)
         self.report["log_likelihood"].append((first, last))
         return m
 
@@ -219,9 +220,9 @@ class DyGA(nn.Module):
         left = torch.arange(1, len(part))  # (n_k - 1,): how many samples lie left of each cut
         right = left.flip(0)
         total = ordered.cumsum(0)[:-1]  # (n_k - 1,): their sum; on the right it is -total
-        between = total.square() * (1 / left + 1 / right)
+        between = total.square() * (1 / left + 1 / right)  # sum n_side mean_side^2
         above = along > ordered[between.argmax()]  # (n_k,)
-        # Both halves keep d_k of `one`: BIC would count a noise direction against a good split.
+        # Both halves keep the d_k of `one`: one direction more would cost BIC about D numbers.
         d = int(one.d)
         two = m_step(part, torch.stack([~above, above]).to(part.dtype), d, d)
         two, _ = em(part, two, self.max_iter, TOL, d)
@@ -229,10 +230,12 @@ class DyGA(nn.Module):
             return None
         if self.accept == "bic":
             # If other clusters have no density here, the unit's log-likelihood rises by that of
-            # this part. The new numbers: weight, b; mean; the a_j; directions.
-            gain = 2 * (e_step(part, two)[1] - e_step(part, one)[1])
+            # this part. BIC's price of a second Gaussian: log(n) / 2 for each of its numbers.
+            gain = e_step(part, two)[1] - e_step(part, one)[1]
             D = part.shape[1]
-            if gain <= (2 + D + d + d * (D - (d + 1) / 2)) * math.log(n):
+            directions = d * (D - (d + 1) / 2)  # direction j has D - j: length, right angles given
+            numbers = 2 + D + d + directions  # weight and b, mean, all a_j, and these
+            if 2 * gain <= numbers * math.log(n):
                 return None
         return two
 
@@ -266,26 +269,28 @@ def normalise(x, centre, scale):
     """x - centre in units of scale, within +-LIMIT; all three must broadcast, x any shape."""
     return ((x - centre) / scale).clamp(-LIMIT, LIMIT)
 
-def cost(x, m, J):
-    """-2 log(pi_k N(x; mu_k, Sigma_k)), HDDC's cost: with y_j = q_kj . (x - mu_k), j = 1..d_k,
+def cost(x, m, d_most):
+    """HDDC's cost, -2 log(pi_k N(x; mu_k, Sigma_k)): how badly component k explains a sample x.
+    With y_j = q_kj . (x - mu_k), its coordinate along main direction j = 1..d_k, that is
 
-        sum_j y_j^2 / a_kj + (|x - mu_k|^2 - sum_j y_j^2) / b_k
-        + sum_j log a_kj + (D - d_k) log b_k - 2 log pi_k + D log(2 pi).
+        sum_j y_j^2 / a_kj + (|x - mu_k|^2 - sum_j y_j^2) / b_k     the distance, in variances
+        + sum_j log a_kj + (D - d_k) log b_k                        log det Sigma_k
+        + D log(2 pi) - 2 log pi_k
 
-    x (n, D) -> (K, n); or N units at once, x (N, n, D) and a mixture (N, K, ...) -> (N, K, n).
-    J: where the loop over j may stop: at the largest d_k, or later."""
-    # Beyond d_k, up to W, a_kj is b_k: so all log a_kj are summed, and in the loop such j add 0.
+    x (n, D) -> (K, n). d_most: the largest d_k, or more. (responsibilities() asks for N units at
+    once: then each tensor has N in front, x (N, n, D), m.mu (N, K, D), and so on.)"""
     D, W = m.q.shape[-2:]
-    constant = m.a.log().sum(-1) + (D - W) * m.b.log() - 2 * m.log_pi  # (K,)
-    constant += D * math.log(2 * math.pi)
+    # a_kj is b_k beyond d_k: so this is exact, and in the loop such a j adds (1/a - 1/b) = 0.
+    log_det = m.a.log().sum(-1) + (D - W) * m.b.log()  # (K,)
+    constant = log_det - 2 * m.log_pi + D * math.log(2 * math.pi)  # (K,)
     # |x - mu|^2 = |x|^2 - 2 mu . x + |mu|^2 needs no tensor of size K n D.
     square = x.square().sum(-1)[..., None, :] - 2 * m.mu @ x.mT  # (K, n)
     square += m.mu.square().sum(-1)[..., None]
-    out = square / m.b[..., None] + constant[..., None]
-    for j in range(J):
+    out = square / m.b[..., None] + constant[..., None]  # as if no direction were a main one
+    for j in range(d_most):
         q = m.q[..., j]  # (K, D)
-        y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n); y^2 / a replaces its y^2 / b
-        out += (1 / m.a[..., j] - 1 / m.b)[..., None] * y.square()
+        y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
+        out += (1 / m.a[..., j] - 1 / m.b)[..., None] * y.square()  # y^2 / a in place of y^2 / b
     return out
 
 def e_step(x, m):
@@ -327,9 +332,9 @@ def scree(eigenvalues):
 def em(x, m, max_iter, tol, d_max):
     """HDDC (Bouveyron, Girard, Schmid 2007): expectation maximisation, until the mean
     log-likelihood of a sample rises by tol or less. Returns the mixture, and the log-likelihood
-    before each iteration, a list. It never falls: HDDC as published repeats the scree test in every
-    iteration, and a smaller d_k can fit worse, but here d_k only grows within a run. The model with
-    d_k directions is contained in the one with d_k + 1: the M-step finds one at least as good."""
+    before each iteration, a list. It never falls: the scree test of an iteration may lower d_k in
+    HDDC as published, and so fit worse, but here d_k only grows within a run. The model with d_k
+    directions is contained in the one with d_k + 1: the M-step finds one at least as good."""
     history = []
     for _ in range(max_iter):
         r, likelihood = e_step(x, m)
@@ -370,14 +375,15 @@ def informative_units(s, least, most=0.3, bins=20):
     EXPLAINED is the share of a variance that this predicts. Of a candidate,
 
         gain     by how much it raises the explained share of all scalars' variance (they are not
-                 standardised: large ones count more), times its contrast
+                 standardised: large ones count more), times its contrast (below)
         known    how much of its own steps the kept units explain: 1 for a copy. By chance it is
                  U * bins / n (U are kept): so what adds next to nothing is not kept either
-        depends  kept units predict the candidate: how much do they explain of the SIZE of what is
-                 left? Of a hue's sine the cosine tells the size, not the sign: so where depends
-                 is high, it is another reading of the same hue, no new factor
+        depends  the explained share of the variance of |s - its prediction|, both by kept units.
+                 Of a hue's sine the cosine cannot tell the sign, but the size: where depends is
+                 high, the candidate is another reading of the same hue, no new factor
 
-    In turn, that of the largest gain * (1 - depends) is kept if (forward selection)
+    Forward selection, by a rule found by trial: in turn, that of largest gain * (1 - depends) is
+    kept if
         gain * (1 - (depends / most)^2) >= least * known.
     The more of a unit was known, the more it must gain; if depends > most, nothing is enough."""
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
@@ -433,12 +439,12 @@ def unmixing(s):
         g = (z @ w.T).tanh()  # (n, U), the slope of log cosh
         w = g.T @ z / len(z) - (1 - g.square()).mean(0)[:, None] * w  # Newton's step
         u, _, vt = torch.linalg.svd(w)
-        w = u @ vt  # the nearest rotation: rows stay at right angles
+        w = u @ vt  # the nearest orthogonal matrix: rows stay at right angles
     turn = nn.functional.normalize(w @ white)  # (U, U), of standardised scalars
     turn = turn * turn.diagonal().sign()[:, None]  # a direction's sign is as before
     turn = turn * (turn.abs() > 0.1)
-    spread = (x @ turn.T).std(0)  # (U,)
-    return (turn * (sd / spread)[:, None] / sd).float()
+    sd_turned = (x @ turn.T).std(0)  # (U,)
+    return (turn * (sd / sd_turned)[:, None] / sd).float()
 
 # ---- Toy units: python dyga.py -------------------------------------------------------------------
 def toy_units(levels, n, generator, dim=32, noise=0.05):

@@ -2,7 +2,6 @@
 
     python evaluate.py out/shapes3d-laptop/ckpt.pt            # everything, at the paper's counts
     python evaluate.py out/shapes3d-laptop/ckpt.pt --quick    # a minute or two, at smaller counts
-    python evaluate.py out/shapes3d-laptop/ckpt.pt --only factorvae,mig
     python evaluate.py --codes codes.npz --dataset shapes3d   # codes of any model: scores alone
 
 It prints scores beside the paper's, and writes metrics.json, PNGs and one page, index.html (--out).
@@ -606,7 +605,6 @@ def figure_units(dyga, probe, sizes, n=1500):
                            "units, red (the factor's first value) to violet; crosses: anchors")
 
 # ---- Report and command -------------------------------------------------------------------------
-
 # Name on the command line -> function, counts of --quick; the functions' defaults are the paper's.
 # A metric of your own needs a function and a row here (without a grid, in check_flags, too).
 METRICS = {

@@ -104,8 +104,7 @@ class Extractor(nn.Module):
 class FSQ(nn.Module):
     """Not part of the method, skip it at first: finite scalar quantisation (Mentzer et al. 2023),
     Table 11's rival of DyGA. A unit of c (B, N, D) is mapped to a few numbers, each is rounded to
-    one of `levels` evenly spaced values, and the result is mapped back. With the paper's (8, 5, 5)
-    a unit can take 200 values, on an even grid, whatever the attributes are.
+    one of `levels` evenly spaced values, and mapped back. The paper's (8, 5, 5) leave 200 values.
     Paper: does not say whether all units share the two maps; here they do, as is common."""
     def __init__(self, dim, levels):
         super().__init__()

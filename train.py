@@ -9,9 +9,8 @@ It writes to --out (default out/DATASET-PRESET): ckpt.pt (all that evaluate.py a
 log.jsonl and samples.png. README.md draws one step of stage 2.
 
 Each step seeds itself from --seed and its place in the run. So a resumed run ends like one that
-never stopped, to the last bit, on the same CPU with as many threads. With another number of threads
-sums round differently, and the run drifts away: expect other scores. On another device, or with
-another number of processes, images and noise are drawn anew, too.
+never stopped, to the last bit, on the same CPU with as many threads. With other threads sums round
+differently; on other devices, or in more processes, images and noise are others: so are the scores.
 """
 
 import argparse
@@ -49,15 +48,13 @@ PLACE = ("stage", "seen", "minutes", "finished", "log_bytes")  # where a run is,
 
 # ---- Presets -------------------------------------------------------------------------------------
 # Flags that are put in front of yours; what each means stands in the table of settings below.
-
 PRESETS = {
     "paper": "",
     "laptop": """
     # For a laptop's CPU: the paper's method and four additions (unit_line, v_weight, select_at,
-    # unmix_at). Most other differences save time; README.md has a table. On latents of 16x16 a
-    # U-Net would cost four times as much. One level of 8x8 patches, without residual blocks, leaves
-    # time for width. Four channels and a squared error gave sharper pictures than three and L1. A
-    # discriminator would double the time of a step.
+    # unmix_at). Most other differences save time. On latents of 16x16 a U-Net would cost four times
+    # as much. One level of 8x8 patches, without residual blocks, leaves time for width. Four
+    # channels and a squared error are sharper than three and L1. A discriminator doubles a step.
     --vqgan.patch 8 --vqgan.multipliers 1 --vqgan.res_blocks 0 --vqgan.channels 96
     --vqgan.z_channels 4 --stage1.disc_weight 0 --stage1.loss mse --stage1.lr 6e-3
     --stage1.batch 16 --stage1.images 28800 --stage1.restart_images 2400
@@ -303,8 +300,7 @@ class Run:
         self.bfloat16 = in_bfloat16(device)
         torch.manual_seed(self.seed_of(0))  # the initial weights
         self.model = Model(cfg).to(device).eval()
-        self.disc = (PatchDiscriminator(cfg["stage1.disc_width"]).to(device)
-                     if cfg["stage1.disc_weight"] else None)
+        self.disc = PatchDiscriminator().to(device) if cfg["stage1.disc_weight"] else None
         self.ds = data.load(cfg["dataset"], cfg["data_dir"], cfg["source"], device, cfg["vary"])
         cfg["source"] = self.ds.source  # in place of auto
         if world > 1 and device.type == "cuda":  # BatchNorm over the whole batch
@@ -469,7 +465,6 @@ def load_checkpoint(path, device="cpu"):
 # ---- Settings: default < preset < dataset < flag -------------------------------------------------
 # One row a setting: name, default (*: see the signature of the class), least and most or choices,
 # help. Defaults are the paper's where it states them (Tables 7 to 9, section C.1).
-
 TABLE = """
 dataset                'shapes3d' shapes3d|cars3d|mpi3d_toy|celeba|folder   see data.py
 data_dir               'data'     text       folder of the datasets' files
@@ -486,7 +481,6 @@ stage1.batch           64         1..1e5     images per step of stage 1 (not in 
 stage1.lr              2e-4       0..1       learning rate of stage 1 (not in the paper)
 stage1.loss            'l1'       l1|mse     of the reconstruction (mse: sharper edges)
 stage1.disc_weight     0.75       0..100     of the discriminator; 0 leaves it out altogether
-stage1.disc_width      64         1..1024    width of the discriminator's first layer
 stage1.restart_images  100_000    1..1e12    images between two rescues of unused codes
 images                 10_000_000 1..1e12    images that stage 2 sees (not in the paper)
 pool_images            10_000_000 1..1e12    different ones among these, at random, at most

@@ -68,14 +68,9 @@ class AttentionBlock(nn.Module):
         h = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])  # (B, H*W, C)
         return x + self.to_out(h.mT.reshape(B, C, H, W))
 
-class Downsample(nn.Module):
+def downsample(channels):
     """Halve height and width by a strided convolution, padded right and below, as LDM does."""
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
 
 def upsample(channels):
     """Double height and width: repeat, then convolve (a transposed one leaves a chequerboard)."""
@@ -145,7 +140,7 @@ class VQGAN(nn.Module):
                 encoder.append(ResBlock(width, level_width, g))
                 width = level_width
             if level < len(widths) - 1:
-                encoder.append(Downsample(width))
+                encoder.append(downsample(width))
         self.encoder = nn.Sequential(
             *encoder,
             *middle(width, g),

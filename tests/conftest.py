@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Both stages and anchors in seconds, the discriminator too; nothing is learnt.
 TINY = shlex.split("""--preset paper
     --vqgan.patch 4 --vqgan.channels 16 --vqgan.multipliers 1 2 --vqgan.res_blocks 1
-    --vqgan.codebook_size 64 --stage1.lr 2e-3 --stage1.disc_width 8 --stage1.restart_images 160
+    --vqgan.codebook_size 64 --stage1.lr 2e-3 --stage1.restart_images 160
     --stage1.batch 16 --stage1.images 640 --extractor.n_units 6 --extractor.shrink 4
     --extractor.channels 8 16 16 --extractor.hidden 32 32 --extractor.unit_hidden 16 16
     --unet.base 16 --unet.multipliers 1 2 --unet.res_blocks 1 --unet.attention_at 1 2

@@ -19,7 +19,7 @@ OURS = ("dyga.", "vqgan.codebook.uses", "extractor.kept")  # not in their file, 
 VQGAN_LAYERS = {
     "branch.0.0": "norm1", "branch.1": "conv1", "branch.2.0": "norm2", "branch.3": "conv2",
     "shortcut": "nin_shortcut", "to_qkv": "q k v", "to_out": "proj_out",
-    "upsample.1": "upsample.conv", "norm_out.0": "norm_out"}
+    "downsample.1": "downsample.conv", "upsample.1": "upsample.conv", "norm_out.0": "norm_out"}
 INNER = "transformer_blocks.0."
 UNET_LAYERS = {
     "norm_in": "in_layers.0", "conv_in": "in_layers.2", "time": "emb_layers.1",
