@@ -96,7 +96,7 @@ def load(dataset, data_dir="data", source="auto", device="cpu", vary=""):
     return Dataset(dataset, source, note, get, facts, device)
 
 def hold_others(vary, get, facts, device):
-    """get and facts (see Dataset) of the part of a grid in which only the factors `vary` change."""
+    """get and facts (see Dataset) of that part of a grid where only the factors in vary change."""
     sizes = facts["factors"]
     if "labels" in facts:
         raise UserError("--vary: these images are a table; expected one of each combination")
@@ -125,7 +125,7 @@ class Dataset:
         return self._facts["images"]
 
     def images(self, idx):
-        """idx int64 (B,), on any device -> uint8 (B, 3, 64, 64). IndexError, of a CPU's idx."""
+        """idx int64 (B,) -> uint8 (B, 3, 64, 64). IndexError: no such image, if idx is on a CPU."""
         self._check(idx)
         return self._get(idx)
 
@@ -135,7 +135,7 @@ class Dataset:
             raise IndexError(f"{self.name} has no image {idx}: expected 0 and below {len(self)}")
 
     def factors(self, idx):
-        """idx int64 (B,) -> int64 (B, F), the value of every factor. IndexError, of a CPU's."""
+        """idx int64 (B,) -> int64 (B, F), the value of every factor. IndexError: as in images()."""
         self._check(idx)
         if self.is_grid:
             return torch.stack(torch.unravel_index(idx.to(self.device), self.factor_sizes), 1)
@@ -231,7 +231,7 @@ def box(start, ray, half):
     return a.minimum(b).amax(0), a.maximum(b).amin(0)  # the last to come within, the first to leave
 
 def ball(start, ray, radius):
-    """(near, far) between which they are nearer to 0 than radius: 3 coordinates a ball, 2 a bar."""
+    """(near, far) within radius of the origin in all 3 coordinates (a ball), or in 2 (a bar)."""
     # Where |start + depth ray|^2 - radius^2 = a depth^2 + 2 b depth + c is 0; nan for a miss.
     a = (ray * ray).sum(0)
     b = (start * ray).sum(0)
