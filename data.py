@@ -30,7 +30,7 @@ SHAPE = (SIZE, SIZE, 3)  # in files
 #   images    how many
 #   factors   {name: number of values}, in the official order
 #   files     the first found under --data_dir is read; advice: what to do if there is none
-# Reading the table of CelebA, or of your own pictures, fills in images and factors, and adds:
+# Reading the table of CelebA, or of your own pictures, fills in what is missing, and adds:
 #   pictures  file names in index order
 #   labels    int64 (images, F), unless they form a grid
 #   stamp     changes whenever your own pictures do
@@ -109,7 +109,7 @@ def hold_others(vary, get, facts, device):
 
 class Dataset:
     """Images by index, and the F factors that an index stands for; every answer lies on `device`.
-    get: a function idx int64 (B,) -> uint8 (B, 3, 64, 64); facts: an entry of DATASETS.
+    get: a function idx int64 (B,) -> uint8 (B, 3, 64, 64); facts: see DATASETS.
     source: "rendered", "official" or, in evaluate.py, "codes"; source_note: where images come from.
     is_grid: one image of each combination of factors, in row-major order, so the factors are the
     digits of the index and the last one changes fastest. Otherwise it is a table."""
@@ -226,7 +226,7 @@ def shade(ambient, points, normals, forward):
 # inside two at once for (the larger near, the smaller far). So boxes and balls make all shapes.
 def box(start, ray, half):
     """(near, far) between which all coordinates are within +-half: 3 a cube, 2 walls, 1 a slab.
-    So many rows have start (k, 1 or n) and ray (k, n), k <= 3; near and far are (n,)."""
+    start (k, 1) or (k, n), ray (k, n), for k = 3, 2 or 1 coordinates; near and far are (n,)."""
     a, b = (-half - start) / ray, (half - start) / ray  # where each coordinate is -half, +half
     return a.minimum(b).amax(0), a.maximum(b).amin(0)  # the last to come within, the first to leave
 

@@ -178,7 +178,7 @@ class DyGA(nn.Module):
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
         chance = torch.rand(self.k_init, generator=generator)  # (k_init,); fewer may be left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
-        closed = set()  # tried, and not worth it. Like lucky: numbers of components, which stay
+        closed = set()  # tried, and not worth it. Both hold places in m: a split moves no other
         while len(m.mu) < self.k_max:
             parts, spreads = clusters(x, m)
             wanted = [k for k, part in enumerate(parts) if len(part) > 1 and k not in closed
@@ -191,7 +191,7 @@ class DyGA(nn.Module):
             if halves is None:
                 closed.add(k)
                 continue
-            # One half takes place k, the other a new one at the end (never lucky); both its weight.
+            # One half takes place k, the other goes to the end. They share the weight of k.
             halves = halves._replace(log_pi=halves.log_pi + m.log_pi[k])
             rows = []
             for row, half in zip(m, halves):
@@ -271,7 +271,7 @@ def normalise(x, centre, scale):
 
 def cost(x, m, d_most):
     """HDDC's cost, -2 log(pi_k N(x; mu_k, Sigma_k)): how badly component k explains a sample x.
-    With y_j = q_kj . (x - mu_k), its coordinate along main direction j = 1..d_k, that is
+    With y_j = q_kj . (x - mu_k), its coordinate along main direction j = 1..d_k:
 
         sum_j y_j^2 / a_kj + (|x - mu_k|^2 - sum_j y_j^2) / b_k     the distance, in variances
         + sum_j log a_kj + (D - d_k) log b_k                        log det Sigma_k
@@ -286,7 +286,7 @@ def cost(x, m, d_most):
     # |x - mu|^2 = |x|^2 - 2 mu . x + |mu|^2 needs no tensor of size K n D.
     square = x.square().sum(-1)[..., None, :] - 2 * m.mu @ x.mT  # (K, n)
     square += m.mu.square().sum(-1)[..., None]
-    out = square / m.b[..., None] + constant[..., None]  # as if no direction were a main one
+    out = square / m.b[..., None] + constant[..., None]  # distance as if none were main
     for j in range(d_most):
         q = m.q[..., j]  # (K, D)
         y = q @ x.mT - (q * m.mu).sum(-1)[..., None]  # (K, n)
