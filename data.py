@@ -174,7 +174,7 @@ SHAPES = {"cube": (0.350, 0.350, 0.350), "cylinder": (0.3735, 0.375, 0.375),
 
 def rendered(device):
     """The function idx int64 (B,) -> uint8 (B, 3, 64, 64) of the rendered twin."""
-    # A GPU's TF32 keeps 10 bits of fraction, like float16: so each product, not the sum, is exact.
+    # Weights are float16 numbers, colours at most 255: a GPU's TF32 holds both exactly.
     maps, palette = weight_maps().to(device, torch.float32), PALETTE.to(device)
     def draw(idx):
         *hues, case = torch.unravel_index(idx, (HUES, HUES, HUES, len(maps)))
@@ -190,7 +190,7 @@ def rendered(device):
 @functools.cache
 def weight_maps():
     """All 480 geometries in index order, float16 (480, 5, 4096): FLOOR, WALL, and so on."""
-    # On the CPU, where a sample on an edge always falls on the same side.
+    # On the CPU: a sample on an edge then falls on the same side of it everywhere.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more only wait for each other on arrays this small
     views = [camera(orientation) for orientation in range(15)]
@@ -288,7 +288,7 @@ def draw_object(room, points, eye, forward, rays, shape, scale):
     # A floor point lies in shadow if the way from it to the light meets the object.
     blocked = first_hit(*solid, points - middle, LIGHT - points).isfinite()
     maps[FLOOR, blocked & (room[FLOOR] > 0)] = 0.337
-    # Nothing hides the object: where it is hit, it is seen. Its upper side has a flat white sheen.
+    # Nothing hides the object: where it is hit, it is seen. What faces up has a flat white sheen.
     depth = first_hit(*solid, eye - middle, rays)
     seen = depth.isfinite()
     surface = eye + depth[seen] * rays[:, seen]
@@ -364,17 +364,16 @@ def main():
     p.add_argument("--dataset", default="shapes3d", choices=DATASETS, help="which images")
     p.add_argument("--data_dir", default="data", help="folder with the files or pictures")
     ds = load(**vars(p.parse_args()))
-    names = []
     idx = torch.arange(60) * len(ds) // 60
     if ds.is_grid:  # a row per factor, which alone changes; the others are those of just any image
-        names = ds.factor_names
-        factors = ds.factors(torch.tensor([len(ds) // 3])).repeat(len(names), 15, 1)  # (F, 15, F)
+        factors = ds.factors(idx[20:21]).repeat(len(ds.factor_sizes), 15, 1)  # (F, 15, F)
         for f, size in enumerate(ds.factor_sizes):
             factors[f, :, f] = torch.arange(15) * size // 15
         idx = ds.index(factors.flatten(0, 1))
     images = ds.images(idx).unflatten(0, (-1, 15))  # (R, 15, 3, 64, 64)
     out = Path(f"out/data-{ds.name}.png")
     with replacing(out) as temporary:
+        names = ds.factor_names if ds.is_grid else ()
         image_grid(images, names, title=f"{ds.name}, {ds.source}").save(temporary)
     print(f"{ds.source_note}\n{len(ds):,} images; factors:",
           dict(zip(ds.factor_names, ds.factor_sizes)), f"\nwrote {out}")
@@ -432,7 +431,7 @@ def own_pictures(folder, facts):
     table = folder / "labels.csv"
     with readable(folder, facts["advice"]):
         if table.exists():
-            lines = table.read_text("utf-8-sig").splitlines()  # sig: a mark of Windows
+            lines = table.read_text("utf-8-sig").splitlines()  # sig: Windows' byte-order mark
             header, *rows = filter(None, csv.reader(lines))  # empty lines left out
             names = header[1:]  # after "file"
             files.append(table)

@@ -1,14 +1,15 @@
 """Dynamic Gaussian Anchoring (DyGA): the paper's main idea, section 3.2, Algorithms 2 and 3.
 
-It sits between the extractor, which turns an image into N latent units of D numbers, and the
-denoiser. A unit that means one factor (wall hue, say) should take one group of values per
-attribute (per hue). DyGA finds such groups and shows them to the denoiser more compact:
+It sits between the extractor, which turns an image into N latent units (each a scalar through an
+MLP, so a curve in D dimensions), and the denoiser. A unit that means one factor (wall hue, say)
+should take one group of values per attribute (per hue). DyGA finds such groups and shows them to
+the denoiser more compact:
 
     fit    once an epoch, or in several: a Gaussian mixture for each unit, over many images. Its
            means are the unit's ANCHORS. How many there are is found as well (Algorithm 2).
-    align  in every training step: each unit moves a little to its anchor (Algorithm 3), and the
-           denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is that
-           a denoiser which sees clear groups teaches the extractor to make them.
+    align  in every step, and to sample: each unit moves a little to its anchor (Algorithm 3), and
+           the denoiser sees the result. Nothing pulls c itself to an anchor; the paper's hope is
+           that a denoiser which sees clear groups teaches the extractor to make them.
 
     python dyga.py    # fits toy units, prints how many anchors each got beside the truth
 
@@ -22,6 +23,7 @@ In another model, whatever its latent units and its loss are:
 """
 
 import math
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -110,7 +112,7 @@ class DyGA(nn.Module):
     def nearest(self, c):
         """The anchor of highest responsibility, without gradient: c (B, N, D) -> anchor (B, N, D),
         in c's own space, and its number (B, N), int64 below k_max. Before the first fit both are 0,
-        and self.live (N,) is false: a loss that pulls c to anchors (in train.py: Model.forward) is
+        and self.live (N,) is false: a loss that pulls c to anchors (add it in Model.forward) is
         ((c - dyga.nearest(c)[0]) * dyga.live[:, None]).abs().mean()."""
         # Paper: Gumbel noise on r, then softmax at temperature 1e-4. As r is in [0, 1], such noise
         # picks the right one of K anchors with chance e / (e + K - 1) only, even where r is 1. The
@@ -178,7 +180,7 @@ class DyGA(nn.Module):
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
         chance = torch.rand(self.k_init, generator=generator)  # (k_init,); fewer may be left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
-        closed = set()  # tried, and not worth it. Both hold places in m: a split moves no other
+        closed = set()  # tried, and not worth it. Both hold places in m, which a split keeps:
         while len(m.mu) < self.k_max:
             parts, spreads = clusters(x, m)
             wanted = [k for k, part in enumerate(parts) if len(part) > 1 and k not in closed
@@ -191,7 +193,7 @@ class DyGA(nn.Module):
             if halves is None:
                 closed.add(k)
                 continue
-            # One half takes place k, the other goes to the end. They share the weight of k.
+            # one half takes place k, the other goes to the end. They share the weight of k.
             halves = halves._replace(log_pi=halves.log_pi + m.log_pi[k])
             rows = []
             for row, half in zip(m, halves):
@@ -229,11 +231,12 @@ class DyGA(nn.Module):
         if len(two.mu) < 2:
             return None
         if self.accept == "bic":
-            # If other clusters have no density here, the unit's log-likelihood rises by that of
-            # this part. BIC's price of a second Gaussian: log(n) / 2 for each of its numbers.
+            # If other clusters have no density here, the unit's log-likelihood rises as much as
+            # this part's. BIC's price of a second Gaussian: log(n) / 2 for each of its numbers.
             gain = e_step(part, two)[1] - e_step(part, one)[1]
             D = part.shape[1]
-            directions = d * (D - (d + 1) / 2)  # direction j has D - j: length, right angles given
+            # Direction j: D, less one for its length, less j - 1 for right angles to those before.
+            directions = d * (D - (d + 1) / 2)
             numbers = 2 + D + d + directions  # weight and b, mean, all a_j, and these
             if 2 * gain <= numbers * math.log(n):
                 return None
@@ -323,7 +326,7 @@ def m_step(x, r, d_least, d_max):
 
 def scree(eigenvalues):
     """Cattell's scree test, which chooses d_k: among eigenvalues (..., D), given falling, find the
-    last step down above a fifth of the largest; how many come before it, 1 to D - 1."""
+    last step down above a fifth of the largest step; how many come before it, 1 to D - 1."""
     step = eigenvalues[..., :-1] - eigenvalues[..., 1:]  # (..., D - 1)
     large = step > 0.2 * step.amax(-1, keepdim=True)
     place = torch.arange(1, eigenvalues.shape[-1])  # (D - 1,)
@@ -365,32 +368,31 @@ def clusters(x, m):
     return parts, spreads
 
 # ---- Beyond the paper: which units to keep, and how to part two that mix -------------------------
-def informative_units(s, least, most=0.3, bins=20):
+def informative_units(s, least=0.06, most=0.3, bins=20):
     """Which units are not redundant. s: scalars (n, N), n 1,000 or more -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
-    Training often spreads one hue over three units, each another reading of the colour, as nothing
-    asks for fewer; two readings need not correlate. So a unit predicts by a step function of its
-    scalar, of `bins` steps with as many images in each, several units by the best sum of theirs;
-    EXPLAINED is the share of a variance that this predicts. Of a candidate,
+    Training often spreads one hue over three units, as nothing asks for fewer: each is another
+    READING of it, and readings, such as its sine and cosine, need not correlate. So a unit EXPLAINS
+    the share of a variance that a step function of its scalar predicts, of `bins` steps with as
+    many images in each; several units, what the best sum of theirs predicts. Of a candidate,
 
-        gain     by how much it raises the explained share of all scalars' variance (they are not
-                 standardised: large ones count more), times its contrast (below)
-        known    how much of its own steps the kept units explain: 1 for a copy. By chance it is
-                 U * bins / n (U are kept): so what adds next to nothing is not kept either
-        depends  the explained share of the variance of |s - its prediction|, both by kept units.
-                 Of a hue's sine the cosine cannot tell the sign, but the size: where depends is
-                 high, the candidate is another reading of the same hue, no new factor
+        gain     by how much it raises the explained share of all scalars' variance (large ones
+                 count more), times its contrast (below)
+        known    the share of its own steps that kept units explain: 1 for a copy, and by chance
+                 U * bins / n if U are kept
+        depends  the share of the variance of its ERROR, |s - what kept units predict of s|, that
+                 kept units explain. From a cosine one cannot tell the sine, but its size: where
+                 depends is high, the candidate is another reading, no new factor
+        value    gain * (1 - (depends / most)^2): of another reading, nothing is left
 
-    Forward selection, by a rule found by trial: in turn, that of largest gain * (1 - depends) is
-    kept if
-        gain * (1 - (depends / most)^2) >= least * known.
-    The more of a unit was known, the more it must gain; if depends > most, nothing is enough."""
+    Forward selection, by a rule found by trial: in turn, the unit of largest value is kept, if
+    value >= least * known: the more of it was known, the more it must add."""
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
-    # Mixtures of factors are more Gaussian than factors: of x, y and a small x + y, the sum
-    # explains most, and would keep x or y out. So: how far is mean log(2 cosh x) from a Gaussian's?
+    # A mixture explains a part of several factors: it would come first and keep purer units out.
+    # But it is more Gaussian: how far is mean log(2 cosh x) from a Gaussian's? (Power by trial.)
     x = s / s.std(0)
     contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).abs() ** 0.25  # (N,)
 
@@ -408,41 +410,47 @@ def informative_units(s, least, most=0.3, bins=20):
     kept = []
     candidates = s.any(0).nonzero().flatten().tolist()  # not the silenced ones
     while candidates:
-        size = (s - predict(s, kept)).abs()  # (n, N)
-        size = size - size.mean(0)
-        depends = explained(size, kept, dim=0)  # (N,)
+        error = (s - predict(s, kept)).abs()  # (n, N)
+        depends = explained(error - error.mean(0), kept, dim=0)  # (N,)
         before = explained(s, kept)
-        gain = {u: (explained(s, [*kept, u]) - before) * contrast[u] for u in candidates}
-        best = max(candidates, key=lambda u: gain[u] * (1 - depends[u]))
+        value = {}
+        for u in candidates:
+            gain = (explained(s, [*kept, u]) - before) * contrast[u]
+            value[u] = gain * (1 - (depends[u] / most) ** 2)
+        best = max(value, key=value.get)
         candidates.remove(best)  # also if redundant: its case hardly improves later
         known = explained(steps[:, best], kept)
-        if gain[best] * (1 - (depends[best] / most) ** 2) >= least * known:
+        if value[best] >= least * known:
             kept.append(best)
     return sorted(kept)
 
 def unmixing(s):
     """Scalars (n, U) -> turn (U, U): mean + turn (s - mean) are about as independent as a linear
-    map can make them (FastICA, Hyvarinen 1999), of the same means and deviations.
+    map can make them, of the same means and deviations. (RADICAL, Learned-Miller and Fisher 2003.)
 
     Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
-    The loss does not mind. But mixtures of independent numbers are more Gaussian than the numbers
-    themselves. So the least Gaussian directions are taken to be factors. The search starts at the
-    units as they are, so that each stays near its own direction. Weights up to 0.1 (of standardised
-    scalars, in a direction of length 1) are dropped as noise."""
+    The loss does not mind. But a mixture is more Gaussian than its factors, and of a given variance
+    a Gaussian has the most entropy. So each pair of units is turned by the angle, at most 45
+    degrees, at which the sum of their entropies is least: as no rotation changes the entropy of
+    both together, each then tells least of the other. Weights up to 0.05 (of standardised scalars,
+    in a direction of length 1) are dropped as noise."""
+    n, U = s.shape
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)
-    values, axes = torch.linalg.eigh(x.T @ x / len(x))
-    white = axes / values.sqrt() @ axes.T  # (U, U): x @ white is uncorrelated, and close to x
-    z = x @ white  # (n, U)
-    w = torch.eye(len(sd)).to(z)  # (U, U), a row a direction
-    for _ in range(100):  # some ten are enough
-        g = (z @ w.T).tanh()  # (n, U), the slope of log cosh
-        w = g.T @ z / len(z) - (1 - g.square()).mean(0)[:, None] * w  # Newton's step
-        u, _, vt = torch.linalg.svd(w)
-        w = u @ vt  # the nearest orthogonal matrix: rows stay at right angles
-    turn = nn.functional.normalize(w @ white)  # (U, U), of standardised scalars
-    turn = turn * turn.diagonal().sign()[:, None]  # a direction's sign is as before
-    turn = turn * (turn.abs() > 0.1)
+    # First make them uncorrelated, by the map that changes least: then only rotations are left.
+    values, axes = torch.linalg.eigh(x.T @ x / n)
+    w = axes / values.sqrt() @ axes.T  # (U, U), a row a direction
+    angle = torch.arange(-45, 46, 3).double().deg2rad()  # (A,)
+    cos, sin = angle.cos(), angle.sin()
+    rotations = torch.stack([cos, sin, -sin, cos], -1).view(-1, 2, 2)  # (A, 4) -> (A, 2, 2)
+    m = round(n ** 0.5)
+    for i, j in 2 * list(combinations(range(U), 2)):  # twice: each turn changes others
+        y = (rotations @ w[[i, j]] @ x.T).sort().values  # (A, 2, n), for each angle both in order
+        # Vasicek's estimate of entropy, up to a constant: how far apart are samples m ranks apart?
+        entropy = (y[..., m:] - y[..., :-m] + 1e-9).log().mean(-1).sum(-1)  # (A,)
+        w[[i, j]] = rotations[entropy.argmin()] @ w[[i, j]]
+    turn = nn.functional.normalize(w)  # (U, U), of standardised scalars
+    turn = turn * (turn.abs() > 0.05)
     sd_turned = (x @ turn.T).std(0)  # (U,)
     return (turn * (sd / sd_turned)[:, None] / sd).float()
 

@@ -147,7 +147,6 @@ def part(values, name):
 def train_stage1(run):
     """Train the VQ-GAN (Table 7). It is short: every process of a torchrun does all of it."""
     cfg, vqgan, disc = run.cfg, run.model.vqgan, run.disc
-    vqgan.train()
     total = cfg["stage1.images"]
     run.start_bar(total)
     while run.seen[1] < total:
@@ -242,7 +241,7 @@ def scalars_of(run):
 
 def select_units(run):
     """Beyond the paper: silence units, in both models, that are redundant in the average."""
-    kept = informative_units(scalars_of(run), run.cfg["select_least"])
+    kept = informative_units(scalars_of(run))
     for model in (run.model, run.average):
         model.extractor.kept.zero_()
         model.extractor.kept[kept] = True
@@ -494,7 +493,6 @@ loss                   'l1'       l1|mse     of eps^ - eps (equation 2 names non
 t_sampling             'uniform'  uniform|logit_normal      how t is drawn in training
 v_weight               0.0        0..2       0: error of eps; 1, with mse: grows into that of v
 select_at              0.0,       0..1       silence redundant units at these shares; 0: never
-select_least           0.08       0..1e6     least gain, beside what was known (informative_units)
 unmix_at               0.0,       0..1       make kept scalars independent at these shares; 0: never
 ema_half_life          3_550_000  1..1e12    images; of the averaged weights (0.9999 a step)
 fit_every              1          1..1e6     r: epochs (passes over the pool) between two fits

@@ -352,16 +352,12 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update.view_as(p), alpha=0.2 * group["lr"] * max(m, n) ** 0.5)
 
 def main():
-    """Build the paper-size U-Net, run one batch, print sizes, and where skips are dropped."""
+    """Build the paper-size U-Net, run one batch, print sizes."""
     net = UNet()
     z_t = torch.randn(2, 3, 16, 16)
     eps_hat = net(z_t, torch.tensor([10, 900]), torch.randn(2, 20, 32))
     print(f"parameters {sum(p.numel() for p in net.parameters()) / 1e6:.3f}M (Table 8: 37.550M)")
     print(f"z_t {list(z_t.shape)}, times and units -> eps^ {list(eps_hat.shape)}")
-    for where in ("released", "text"):
-        net.skip_dropout_where = where
-        dropped = {16 // f for f in net.up_factors if net.drops_skips(f, 16 // f)}
-        print(f"skips are dropped, {where}: where features are {sorted(dropped)} pixels wide")
 
 if __name__ == "__main__":
     main()

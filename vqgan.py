@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 def to_float(images):
-    """Images uint8 (B, 3, H, W) -> float in [-1, 1], what every network here reads and draws."""
+    """Images uint8 (B, 3, H, W) -> float in [-1, 1], as stage 1 and the extractor read them."""
     return images.float() / 127.5 - 1
 
 def to_uint8(x):
@@ -36,7 +36,7 @@ def norm_silu(channels, group_channels):
     decoder. LDM has 32 groups, in networks of 128 channels and more. At Table 7's 32 channels, 32
     groups would be of one channel each, and take away its mean, which is what tells a red wall from
     a blue one. So a group has at least `group_channels` channels here, if there are so many."""
-    groups = math.gcd(32, channels, max(1, channels // group_channels))  # must divide channels
+    groups = math.gcd(32, channels, max(1, channels // group_channels))  # 4 of 32 channels
     return nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU())
 
 class ResBlock(nn.Module):
@@ -187,9 +187,8 @@ class VQGAN(nn.Module):
 
     def finish(self, images):
         """End stage 1: measure latent_std on images uint8 (n, 3, H, W) -> their PSNR in dB."""
-        self.eval()
         z = torch.cat([self.encode(x) for x in images.split(128)])  # (n, Z, h, w)
-        self.latent_std.mul_(z.std())  # encode() has divided by the old one, which was 1
+        self.latent_std.mul_(z.std())  # z is already divided by the old one
         drawn = torch.cat([self.reconstruct(x) for x in images.split(128)])  # (n, 3, H, W)
         return psnr(images, drawn)
 
@@ -225,9 +224,9 @@ def stage1_losses(vqgan, disc, x, kind, disc_weight, commitment=0.25):
            "codes_used": (vqgan.codebook.uses > 0).float().mean()}  # since the last restart
     if disc:
         adversarial = -disc(x_hat).mean()  # the decoder wants its patches called real
-        # Weighted until, at the decoder's last convolution, it pulls disc_weight times as hard as
-        # the reconstruction loss (Esser et al. 2021). Why there? Before it both gradients pass
-        # through the same layers, so their ratio stays alike, and one small layer is cheap.
+        # Scaled so that, at the decoder's last convolution, its gradient is disc_weight times the
+        # reconstruction loss's (Esser et al. 2021). Why there? On to earlier layers both gradients
+        # take the same way, so their ratio stays alike, and one small layer is cheap.
         last = vqgan.decoder[-2].weight
         g_reconstruction, = torch.autograd.grad(reconstruction, last, retain_graph=True)
         g_adversarial, = torch.autograd.grad(adversarial, last, retain_graph=True)
