@@ -139,7 +139,7 @@ class DyGA(nn.Module):
         generator: a CPU torch.Generator for starts and random splits; without, a new one of seed 0.
         self.report then has "anchors", N dicts {step: how many}, and "log_likelihood", N pairs of
         lists (both EM runs, a number an iteration). ValueError on a wrong shape, NaN or Inf. Works
-        on the CPU, wherever its input is: small steps would leave a GPU idle (a guess, untimed)."""
+        on the CPU, wherever its input is: small steps would leave a GPU idle (a guess)."""
         N, D = self.centre.shape
         if features.shape[1:] != (N, D) or not len(features) or not features.is_floating_point():
             raise ValueError(f"features are {features.dtype} {tuple(features.shape)}; expected "
@@ -170,7 +170,7 @@ class DyGA(nn.Module):
     def select_anchors(self, x, generator):
         """Algorithm 2 for one unit: x (n, D), normalised. Returns a Mixture; adds to self.report.
         An anchor disappears in three ways: its component has no samples left (m_step); a split
-        puts two in its place; its cluster is too small and filtered out. (Each fit begins anew.)"""
+        puts two in its place; its cluster is too small and filtered out."""
         count = {}  # anchors after each step, for the report
         # Initialise. HDDC: E-step, M-step, update subspaces, at most max_iter times.
         m = m_step(x, plus_plus(x, self.k_init, generator), 1, self.d_max)
@@ -180,7 +180,7 @@ class DyGA(nn.Module):
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
         chance = torch.rand(self.k_init, generator=generator)  # (k_init,); fewer may be left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
-        closed = set()  # tried, and not worth it. Both hold places in m, which a split keeps:
+        closed = set()  # tried, and not worth it. Both sets hold places in m. A split keeps these:
         while len(m.mu) < self.k_max:
             parts, spreads = clusters(x, m)
             wanted = [k for k, part in enumerate(parts) if len(part) > 1 and k not in closed
@@ -334,10 +334,10 @@ def scree(eigenvalues):
 
 def em(x, m, max_iter, tol, d_max):
     """HDDC (Bouveyron, Girard, Schmid 2007): expectation maximisation, until the mean
-    log-likelihood of a sample rises by tol or less. Returns the mixture, and the log-likelihood
-    before each iteration, a list. It never falls: the scree test of an iteration may lower d_k in
-    HDDC as published, and so fit worse, but here d_k only grows within a run. The model with d_k
-    directions is contained in the one with d_k + 1: the M-step finds one at least as good."""
+    log-likelihood of a sample rises by tol or less. Returns the mixture, and a list, the
+    log-likelihood before each iteration. It never falls: within a run d_k does not (m.d is
+    d_least; in HDDC as published it may), and the model with d_k directions is contained in the one
+    with d_k + 1: the M-step finds one at least as good."""
     history = []
     for _ in range(max_iter):
         r, likelihood = e_step(x, m)
@@ -381,26 +381,26 @@ def informative_units(s, least=0.06, most=0.3, bins=20):
                  count more), times its contrast (below)
         known    the share of its own steps that kept units explain: 1 for a copy, and by chance
                  U * bins / n if U are kept
-        depends  the share of the variance of its ERROR, |s - what kept units predict of s|, that
-                 kept units explain. From a cosine one cannot tell the sine, but its size: where
-                 depends is high, the candidate is another reading, no new factor
-        value    gain * (1 - (depends / most)^2): of another reading, nothing is left
+        depends  the share of the variance of |error| that kept units explain, where error is s less
+                 what they predict of s. A cosine leaves open the sine's sign, not its size: where
+                 depends is high, s is another reading, no new factor
+        value    gain * (1 - (depends / most)^2): negative, so never enough, if depends > most
 
     Forward selection, by a rule found by trial: in turn, the unit of largest value is kept, if
     value >= least * known: the more of it was known, the more it must add."""
     rank = s.argsort(0).argsort(0)  # (n, N), 0 for the smallest
     steps = nn.functional.one_hot(rank * bins // len(s), bins) - 1 / bins  # (n, N, bins)
     s = s - s.mean(0)
-    # A mixture explains a part of several factors: it would come first and keep purer units out.
-    # But it is more Gaussian: how far is mean log(2 cosh x) from a Gaussian's? (Power by trial.)
+    # A unit that mixes factors explains a part of each, and would come first. But sums are nearer
+    # to a Gaussian: weight by how far mean log(2 cosh x) is from a Gaussian's. (Power by trial.)
     x = s / s.std(0)
     contrast = (torch.logaddexp(x, -x).mean(0) - 1.06772).abs() ** 0.25  # (N,)
 
     def predict(y, units):
-        """The sum of step functions of these units that is nearest to y (n, Y); a ridge of 1."""
+        """The sum of step functions of these units that is nearest to y (n, Y)."""
         x = steps[:, units].flatten(1)  # (n, U, bins) -> (n, U*bins)
         gram = x.T @ x  # (U*bins, U*bins)
-        gram.diagonal().add_(1)
+        gram.diagonal().add_(1)  # a ridge: a unit's steps sum to 0, so gram is singular
         return x @ torch.linalg.solve(gram, x.T @ y)  # (n, Y)
 
     def explained(y, units, dim=None):
@@ -428,16 +428,16 @@ def unmixing(s):
     """Scalars (n, U) -> turn (U, U): mean + turn (s - mean) are about as independent as a linear
     map can make them, of the same means and deviations. (RADICAL, Learned-Miller and Fisher 2003.)
 
-    Two factors may lie at an angle on two units: one tells scale + shape, the other scale - shape.
-    The loss does not mind. But a mixture is more Gaussian than its factors, and of a given variance
-    a Gaussian has the most entropy. So each pair of units is turned by the angle, at most 45
-    degrees, at which the sum of their entropies is least: as no rotation changes the entropy of
-    both together, each then tells least of the other. Weights up to 0.05 (of standardised scalars,
-    in a direction of length 1) are dropped as noise."""
+    Two factors may lie at an angle on two units: one tells size + shape, the other size - shape.
+    The loss does not mind. So scalars are made uncorrelated, then each pair is turned by the angle,
+    at most 45 degrees, at which the sum of their two entropies is least. No rotation changes their
+    joint entropy, and the sum less that is what each tells of the other. Weights up to 0.05 (of
+    standardised scalars, in a direction of length 1) are dropped as noise. No unit may be constant.
+    """
     n, U = s.shape
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)
-    # First make them uncorrelated, by the map that changes least: then only rotations are left.
+    # Uncorrelated, by the map that changes least.
     values, axes = torch.linalg.eigh(x.T @ x / n)
     w = axes / values.sqrt() @ axes.T  # (U, U), a row a direction
     angle = torch.arange(-45, 46, 3).double().deg2rad()  # (A,)
