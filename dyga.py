@@ -368,7 +368,7 @@ def clusters(x, m):
     return parts, spreads
 
 # ---- Beyond the paper: which units to keep, and how to part two that mix -------------------------
-def informative_units(s, least=0.06, most=0.3, bins=20):
+def informative_units(s, least, most=0.3, bins=20):
     """Which units are not redundant. s: scalars (n, N), n 1,000 or more -> their indices, sorted.
     train.py silences the others for good, in the hope that what only they told moves to these.
 
@@ -432,14 +432,12 @@ def unmixing(s):
     The loss does not mind. So scalars are made uncorrelated, then each pair is turned by the angle,
     at most 45 degrees, at which the sum of their two entropies is least. No rotation changes their
     joint entropy, and the sum less that is what each tells of the other. Weights up to 0.05 (of
-    standardised scalars, in a direction of length 1) are dropped as noise. No unit may be constant.
-    """
+    standardised scalars, in a direction of length 1) are dropped as noise."""
     n, U = s.shape
     sd = s.std(0)  # (U,)
     x = ((s - s.mean(0)) / sd).double()  # (n, U)
-    # Uncorrelated, by the map that changes least.
     values, axes = torch.linalg.eigh(x.T @ x / n)
-    w = axes / values.sqrt() @ axes.T  # (U, U), a row a direction
+    w = axes / values.sqrt() @ axes.T  # (U, U), rows: uncorrelated directions, changed least
     angle = torch.arange(-45, 46, 3).double().deg2rad()  # (A,)
     cos, sin = angle.cos(), angle.sin()
     rotations = torch.stack([cos, sin, -sin, cos], -1).view(-1, 2, 2)  # (A, 4) -> (A, 2, 2)
