@@ -90,14 +90,13 @@ PRESETS = {
 PRESETS["minute"] = PRESETS["laptop"] + """
     # For a first look: Shapes3D's three hues alone, 1,000 images, so nearly everything may be
     # smaller. Latents of 4x4 (of more channels, therefore) leave the U-Net one level. Anchors are
-    # fitted every 6,000 images. A spare unit is worse than a lost reading here (select_least).
-    # Batch, warm-up, groups and DDIM steps were not searched.
+    # fitted every 6,000 images. Batch, warm-up, groups and DDIM steps were not searched.
     --vary "floor hue,wall hue,object hue" --vqgan.multipliers 1 2 --vqgan.channels 32
     --vqgan.codebook_size 512 --vqgan.z_channels 8 --stage1.images 4800 --stage1.restart_images 800
     --extractor.shrink 4 --extractor.channels 16 32 32 --extractor.hidden 64
     --extractor.unit_hidden 64 64 --unet.groups 16 --unet.multipliers 1 --unet.attention_at 1
     --batch 32 --warmup 1600 --images 56000 --pool_images 1000 --fit_images 1000 --fit_every 6
-    --ema_half_life 2000 --ddim_steps 20 --select_least 0.08
+    --ema_half_life 2000 --ddim_steps 20
 """
 # Section C.1, paper preset: Cars3D is small; CelebA's batch is smaller, at the same EMA a step.
 PER_DATASET = {"cars3d": "--fit_every 5", "celeba": "--batch 64 --ema_half_life 444000"}
