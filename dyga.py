@@ -180,7 +180,7 @@ class DyGA(nn.Module):
         # Paper: also splits "arbitrarily". Here each cluster of the first run has one chance.
         chance = torch.rand(self.k_init, generator=generator)  # (k_init,); fewer may be left
         lucky = {k for k in range(len(m.mu)) if chance[k] < self.split_odds}
-        closed = set()  # tried, and not worth it. Both sets hold places in m. A split keeps these:
+        closed = set()  # tried, and not worth it. Both hold places in m, and a split moves none
         while len(m.mu) < self.k_max:
             parts, spreads = clusters(x, m)
             wanted = [k for k, part in enumerate(parts) if len(part) > 1 and k not in closed
@@ -193,7 +193,7 @@ class DyGA(nn.Module):
             if halves is None:
                 closed.add(k)
                 continue
-            # one half takes place k, the other goes to the end. They share the weight of k.
+            # One half takes place k, the other goes to the end. They share the weight of k.
             halves = halves._replace(log_pi=halves.log_pi + m.log_pi[k])
             rows = []
             for row, half in zip(m, halves):

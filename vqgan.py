@@ -36,7 +36,7 @@ def norm_silu(channels, group_channels):
     decoder. LDM has 32 groups, in networks of 128 channels and more. At Table 7's 32 channels, 32
     groups would be of one channel each, and take away its mean, which is what tells a red wall from
     a blue one. So a group has at least `group_channels` channels here, if there are so many."""
-    groups = math.gcd(32, channels, max(1, channels // group_channels))  # 4 of 32 channels
+    groups = math.gcd(32, channels, max(1, channels // group_channels))  # a divisor: 4 of 32
     return nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU())
 
 class ResBlock(nn.Module):
