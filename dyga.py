@@ -335,7 +335,7 @@ def scree(eigenvalues):
 def em(x, m, max_iter, tol, d_max):
     """HDDC (Bouveyron, Girard, Schmid 2007): expectation maximisation, until the mean
     log-likelihood of a sample rises by tol or less. Returns the mixture, and a list, the
-    log-likelihood before each iteration. It never falls: within a run d_k does not (m.d is
+    log-likelihood before each iteration. It never falls: within a run d_k never falls (m.d is
     d_least; in HDDC as published it may), and the model with d_k directions is contained in the one
     with d_k + 1: the M-step finds one at least as good."""
     history = []
@@ -410,8 +410,8 @@ def informative_units(s, least, most=0.3, bins=20):
     kept = []
     candidates = s.any(0).nonzero().flatten().tolist()  # not the silenced ones
     while candidates:
-        error = (s - predict(s, kept)).abs()  # (n, N)
-        depends = explained(error - error.mean(0), kept, dim=0)  # (N,)
+        size = (s - predict(s, kept)).abs()  # (n, N), |error|
+        depends = explained(size - size.mean(0), kept, dim=0)  # (N,)
         before = explained(s, kept)
         value = {}
         for u in candidates:
@@ -443,7 +443,7 @@ def unmixing(s):
     rotations = torch.stack([cos, sin, -sin, cos], -1).view(-1, 2, 2)  # (A, 4) -> (A, 2, 2)
     m = round(n ** 0.5)
     for i, j in 2 * list(combinations(range(U), 2)):  # twice: each turn changes others
-        y = (rotations @ w[[i, j]] @ x.T).sort().values  # (A, 2, n), for each angle both in order
+        y = (rotations @ w[[i, j]] @ x.T).sort().values  # (A, 2, n), each of both sorted
         # Vasicek's estimate of entropy, up to a constant: how far apart are samples m ranks apart?
         entropy = (y[..., m:] - y[..., :-m] + 1e-9).log().mean(-1).sum(-1)  # (A,)
         w[[i, j]] = rotations[entropy.argmin()] @ w[[i, j]]
